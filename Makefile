@@ -1,0 +1,96 @@
+# What a newcomer needs is `make demo` and `make test`; `make help` lists the rest.
+# Everything is installed into .venv and build/, nothing outside this folder is touched.
+
+PYTHON ?= python3
+RCONV_CUDA ?= AUTO
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+DRY_RUN ?=
+
+BIN := .venv/bin
+CUDA_SITE := build/cuda
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.pyc')
+CPU_TESTS := -m "not slow and not cuda and not peer"
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format cuda-build nightly bench gpu-check wheel clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: .venv/installed ## recover a photo from its gradients (DEMO_ARGS="--batch 4")
+	$(BIN)/rconv-fast demo --out out/demo $(DEMO_ARGS)
+	@echo "the pictures are in $(CURDIR)/out/demo"
+
+test: .venv/installed ## the tests that need no GPU
+	$(BIN)/python -m pytest $(CPU_TESTS) $(TEST_ARGS)
+
+lint: .venv/installed ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: .venv/installed ## mypy, strict
+	$(BIN)/mypy
+
+cuda-build: $(CUDA_SITE)/installed ## build with RCONV_CUDA=ON, import that, run the CPU tests on it
+	PYTHONPATH=$(CUDA_SITE) $(BIN)/python -c "import rconv_fast, rconv_fast._build_info as b; \
+		print(rconv_fast.__file__, b.build_info()); \
+		assert '/$(CUDA_SITE)/' in rconv_fast.__file__, 'the CUDA build is not the one imported'; \
+		from rconv_fast import _core; assert _core.has_cuda, 'built without CUDA'"
+	PYTHONPATH=$(CUDA_SITE) $(BIN)/python -m pytest $(CPU_TESTS) $(TEST_ARGS)
+
+nightly: .venv/installed ## the long sweeps
+	$(BIN)/python -m pytest -m "slow and not cuda and not peer" $(TEST_ARGS)
+
+bench: .venv/installed ## measure on this machine (BENCH_ARGS="--filter gradient")
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+# On a machine with a GPU: build, test, check the kernels, measure. DRY_RUN=1 does what needs no GPU (build, collect
+# the tests, the smoke benchmark) and prints the rest.
+GPU_PYTHON := PYTHONPATH=$(CUDA_SITE) $(BIN)/python
+GPU_KERNEL_TESTS := tests/test_structure.py tests/test_values.py -m "cuda and not slow"
+SANITIZER := compute-sanitizer --target-processes all --error-exitcode 1
+gpu-check: $(CUDA_SITE)/installed ## the whole check on a GPU (DRY_RUN=1 without one)
+ifneq ($(DRY_RUN),)
+	$(GPU_PYTHON) -m pytest -q -m "cuda and not slow" --collect-only | tail -n 1
+	$(GPU_PYTHON) benchmarks/run.py --quick --filter gradient/ > /dev/null
+	@echo "without DRY_RUN, on a machine with a GPU:"
+	@$(MAKE) --no-print-directory --dry-run gpu-check DRY_RUN=
+else
+	nvidia-smi
+	$(GPU_PYTHON) -m pytest -m "cuda and not slow" $(TEST_ARGS)
+	$(GPU_PYTHON) -m pytest $(CPU_TESTS) $(TEST_ARGS)
+	$(SANITIZER) --tool memcheck env $(GPU_PYTHON) -m pytest $(GPU_KERNEL_TESTS)
+	$(SANITIZER) --tool racecheck env $(GPU_PYTHON) -m pytest $(GPU_KERNEL_TESTS)
+	$(GPU_PYTHON) benchmarks/run.py --filter /cuda/ --out benchmarks/results/gpu.json $(BENCH_ARGS)
+endif
+
+wheel: .venv/installed ## a wheel of this machine's build, in dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist \
+		--config-settings=cmake.define.RCONV_CUDA=$(RCONV_CUDA) .
+	@ls -l dist
+
+clean: ## remove everything that was built
+	rm -rf .venv build dist out
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "make: PYTHON must be >= 3.10, got " + sys.version)'
+	$(PYTHON) -m venv .venv
+
+# A plain install, not an editable one: the tests see what a user would.
+.venv/installed: .venv/bin/python constraints.txt $(SOURCES)
+	$(PIP_INSTALL) --constraint constraints.txt \
+		--config-settings=cmake.define.RCONV_CUDA=$(RCONV_CUDA) ".[test,lint]"
+	@touch $@
+
+$(CUDA_SITE)/installed: .venv/installed
+	$(PIP_INSTALL) --no-deps --upgrade --target $(CUDA_SITE) \
+		--config-settings=build-dir=build/cuda-cmake --config-settings=cmake.define.RCONV_CUDA=ON .
+	@touch $@

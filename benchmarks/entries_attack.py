@@ -1,0 +1,203 @@
+"""Whole attacks on one photo, beside the R-CONV authors' own code on the same photo and parameters.
+
+``python benchmarks/run.py --filter attack`` measures ours alone. Side by side, in one run on one machine:
+``python benchmarks/entries_attack.py --peer-rrconv CHECKOUT [--filter TEXT] [--threads 1] [--out FILE]``.
+CHECKOUT is a clone of https://github.com/tamertaras91/RR-CONV; it is run as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from skimage import data
+from skimage.transform import resize
+from torch import Tensor, nn
+
+import rconv_fast
+from bench import Entry
+from peer_rrconv import LABEL
+from rconv_fast import models
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Attack:
+    """A network of the paper with its activation, and how often each side runs."""
+
+    network: str
+    activation: str
+    peer_repeats: int = 3
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}/{self.activation}"
+
+    def model(self) -> nn.Sequential:
+        return models.MODELS[self.network](self.activation)
+
+
+ATTACKS = [
+    *(Attack("lenet_o", name) for name in ("relu", "leaky_relu", "sigmoid", "tanh")),
+    Attack("lenet_all_relu", "relu", peer_repeats=1),  # theirs takes minutes
+]
+
+
+@dataclass
+class Leak:
+    """What an attacker holds (the model, the gradients), and the photo to compare with."""
+
+    model: nn.Sequential
+    gradients: dict[str, Tensor]
+    photo: Tensor
+
+
+def photo_32() -> Tensor:
+    """Load the astronaut of scikit-image at 32x32, in [0, 1]."""
+    face = data.astronaut()[10:230, 120:340] / 255
+    return torch.from_numpy(resize(face, (32, 32), anti_aliasing=True)).permute(2, 0, 1).clamp(0, 1)
+
+
+def leak(attack: Attack, parameters: list[Tensor] | None = None, device: str = "cpu") -> Leak:
+    """One client's gradients in float64, with the parameters given or the model's own."""
+    model, photo = attack.model().to(device), photo_32()[None].to(device)
+    if parameters is not None:
+        with torch.no_grad():
+            for mine, theirs in zip(model.parameters(), parameters, strict=True):
+                mine.copy_(theirs)
+    names, values = zip(*model.named_parameters(), strict=True)
+    loss = nn.functional.cross_entropy(model(photo), torch.tensor([LABEL], device=device))
+    return Leak(model, dict(zip(names, torch.autograd.grad(loss, values), strict=True)), photo)
+
+
+def ours(leaked: Leak) -> tuple[rconv_fast.Inversion, Leak]:
+    found = rconv_fast.invert(leaked.model, leaked.gradients, (3, 32, 32))
+    if found.inputs.is_cuda:
+        torch.cuda.synchronize()
+    return found, leaked
+
+
+def facts(returned: tuple[rconv_fast.Inversion, Leak]) -> dict[str, Any]:
+    found, leaked = returned
+    return {
+        "psnr": rconv_fast.psnr(found.inputs, leaked.photo),
+        "verified": found.verified,
+        "gradient_residual": found.gradient_residual,
+        "label_right": found.labels.tolist() == [LABEL],
+    }
+
+
+def entries() -> list[Entry]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [
+        Entry(f"attack/{device}/{attack.name}", partial(leak, attack, device=device), ours, record=facts)
+        for device in devices
+        for attack in ATTACKS
+    ]
+
+
+# --- Side by side ----------------------------------------------------------------------------------------
+
+
+def run_peer(checkout: Path, attack: Attack, threads: int) -> dict[str, Any]:
+    """Run the authors' code once in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        photo, result = Path(folder) / "photo.pt", Path(folder) / "result.pt"
+        torch.save(photo_32(), photo)
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        command = [
+            sys.executable,
+            str(HERE / "peer_rrconv.py"),
+            str(checkout),
+            attack.network,
+            attack.activation,
+        ]
+        done = subprocess.run(
+            [*command, str(photo), str(result)],
+            env=os.environ | limits,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"{attack.name}: the peer's code failed: {done.stderr.strip().splitlines()[-1]}"
+            )
+        loaded: dict[str, Any] = torch.load(result, weights_only=True)
+        return loaded
+
+
+def side_by_side(attack: Attack, checkout: Path, threads: int, repeats: int) -> dict[str, Any]:
+    """Measure both on the peer's own parameters; its clock is its own, from the gradients to the photo."""
+    theirs = [run_peer(checkout, attack, threads) for _ in range(attack.peer_repeats)]
+    leaked = leak(attack, theirs[0]["parameters"])
+    if not torch.equal(theirs[0]["original"].reshape(leaked.photo.shape), leaked.photo):
+        raise RuntimeError(f"{attack.name}: the peer was given another photo")
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        returned = ours(leaked)
+        seconds.append(time.perf_counter() - start)
+    peer_seconds = [t["seconds"] for t in theirs]
+    mine, other = statistics.median(seconds), statistics.median(peer_seconds)
+    return {
+        "name": f"attack/cpu/{attack.name}",
+        "ours": {"seconds": mine, "first_seconds": seconds[0], "all_seconds": seconds, **facts(returned)},
+        "rrconv": {
+            "seconds": other,
+            "all_seconds": peer_seconds,
+            "psnr": rconv_fast.psnr(theirs[0]["recovered"].reshape(leaked.photo.shape), leaked.photo),
+        },
+        "ratio": other / mine,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peer-rrconv", type=Path, required=True, metavar="CHECKOUT")
+    parser.add_argument("--filter", default="", help="only attacks whose name contains this text")
+    parser.add_argument("--threads", type=int, default=1, help="for both sides")
+    parser.add_argument("--repeats", type=int, default=7, help="of ours; the median counts")
+    parser.add_argument("--out", type=Path, help="write all figures and the machine's facts as JSON")
+    arguments = parser.parse_args()
+    if not (arguments.peer_rrconv / "main.py").is_file():
+        parser.error(f"--peer-rrconv must hold main.py, got {arguments.peer_rrconv}")
+    from run import machine
+
+    torch.set_num_threads(arguments.threads)
+    git = ["git", "-C", str(arguments.peer_rrconv), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    results = []
+    print(f"{'':32}{'ours':>9}  {'PSNR':>7}  {'verified':>8}  {'theirs':>9}  {'PSNR':>7}  {'ratio':>7}")
+    for attack in (a for a in ATTACKS if arguments.filter in a.name):
+        line = side_by_side(attack, arguments.peer_rrconv, arguments.threads, arguments.repeats)
+        mine, peer = line["ours"], line["rrconv"]
+        print(
+            f"{line['name']:32}{mine['seconds']:8.3f}s  {mine['psnr']:7.1f}  {mine['verified']!s:>8}"
+            f"  {peer['seconds']:8.2f}s  {peer['psnr']:7.1f}  {line['ratio']:6.0f}x",
+            flush=True,
+        )
+        results.append(line)
+    if arguments.out:
+        settings = {"threads": arguments.threads, "peer_commit": commit, **machine()}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"machine": settings, "results": results}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

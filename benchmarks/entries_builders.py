@@ -1,0 +1,284 @@
+"""Building the constraint matrices: against a memory copy, numpy writing CSR by hand, scipy, torch.
+
+Sizes are (filters, input side, kernel, stride, padding) of square layers, one sample, float64. All clocks
+include the allocation of what is returned. The two copies move as many bytes as the matrix has (values,
+columns, row offsets): "into fresh memory" allocates its destination as a builder must, "into warm memory"
+does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from bench import Entry
+from rconv_fast import ops
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.layout import ConstraintLayout
+
+SIZES = [
+    (12, 16, 5, 1, 2),
+    (128, 8, 3, 1, 1),
+    (64, 56, 3, 1, 1),
+    (64, 112, 7, 2, 3),
+    (256, 28, 3, 1, 1),
+    (512, 14, 3, 1, 1),
+]
+WEIGHT_SIZES = [(3, 64, 56, 3, 1, 1), (3, 32, 112, 7, 2, 3), (64, 64, 14, 3, 1, 1)]  # channels first
+
+
+@dataclass
+class Case:
+    """A layer with the gradient of its output, and buffers as large as its matrix for the copies."""
+
+    source: Tensor
+    side: int
+    kernel: int
+    stride: int
+    padding: int
+    buffers: tuple[Tensor, Tensor]
+
+    @property
+    def out_side(self) -> int:
+        return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+def gradient_case(filters: int, side: int, kernel: int, stride: int, padding: int, device: str) -> Case:
+    out_side = (side + 2 * padding - kernel) // stride + 1
+    generator = torch.Generator().manual_seed(0)
+    grad_output = torch.randn(1, filters, out_side, out_side, dtype=torch.float64, generator=generator)
+    case = Case(grad_output.to(device), side, kernel, stride, padding, (torch.empty(0), torch.empty(0)))
+    return with_buffers(case, ours_gradient(case))
+
+
+def weight_case(
+    channels: int, filters: int, side: int, kernel: int, stride: int, padding: int, device: str
+) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(filters, channels, kernel, kernel, dtype=torch.float64, generator=generator)
+    case = Case(weight.to(device), side, kernel, stride, padding, (torch.empty(0), torch.empty(0)))
+    return with_buffers(case, ours_weight(case))
+
+
+def with_buffers(case: Case, matrix: Tensor) -> Case:
+    buffer = torch.zeros(csr_bytes(matrix), dtype=torch.uint8, device=matrix.device)
+    case.buffers = (buffer, torch.zeros_like(buffer))
+    return case
+
+
+def csr_bytes(matrix: Tensor) -> int:
+    parts = (matrix.values(), matrix.col_indices(), matrix.crow_indices())
+    return sum(part.numel() * part.element_size() for part in parts)
+
+
+# --- Ours ------------------------------------------------------------------------------------------------
+
+
+def ours_gradient(case: Case) -> Tensor:
+    sizes = {"stride": case.stride, "padding": case.padding}
+    return ops.gradient_constraints(case.source, (case.side, case.side), case.kernel, **sizes)
+
+
+def ours_gradient_nonzeros(case: Case) -> Tensor:
+    sizes = {"stride": case.stride, "padding": case.padding}
+    size = (case.side, case.side)
+    return ops.gradient_constraints(case.source, size, case.kernel, drop_zeros=True, **sizes)
+
+
+def ours_weight(case: Case) -> Tensor:
+    return ops.weight_constraints(
+        case.source, (case.side, case.side), stride=case.stride, padding=case.padding
+    )
+
+
+# --- Competitors -----------------------------------------------------------------------------------------
+
+
+def copy_warm(case: Case) -> Tensor:
+    return case.buffers[1].copy_(case.buffers[0])
+
+
+def copy_fresh(case: Case) -> Tensor:
+    return torch.empty_like(case.buffers[0]).copy_(case.buffers[0])
+
+
+def met(case: Case, k: int) -> range:
+    """Return the outputs u with 0 <= u*s + k - p < side."""
+    first = max(0, -((k - case.padding) // case.stride))
+    last = min(case.out_side - 1, (case.side - 1 - k + case.padding) // case.stride)
+    return range(first, last + 1)
+
+
+def numpy_by_hand(case: Case) -> scipy.sparse.csr_array:
+    """All filters at once for each kernel offset, written straight into the final arrays."""
+    g = case.source[0].numpy()
+    n_filters, s, p, ranges = len(g), case.stride, case.padding, [met(case, k) for k in range(case.kernel)]
+    counts = np.array([len(y) * len(x) for y in ranges for x in ranges])
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    values = np.empty((n_filters, starts[-1]))
+    col = np.empty((n_filters, starts[-1]), dtype=np.int32)
+    crow = np.empty(n_filters * len(counts) + 1, dtype=np.int32)
+    crow[:-1] = (np.arange(n_filters)[:, None] * starts[-1] + starts[:-1]).ravel()
+    crow[-1] = n_filters * starts[-1]
+    for ky, y in enumerate(ranges):
+        i = (np.arange(y.start, y.stop, dtype=np.int32) * s + ky - p) * case.side
+        for kx, x in enumerate(ranges):
+            t = ky * case.kernel + kx
+            j = np.arange(x.start, x.stop, dtype=np.int32) * s + kx - p
+            here = slice(starts[t], starts[t + 1])
+            shape = (n_filters, len(y), len(x))
+            values[:, here].reshape(shape)[...] = g[:, y.start : y.stop, x.start : x.stop]
+            col[:, here] = (i[:, None] + j).ravel()
+    parts = (values.ravel(), col.ravel(), crow)
+    return scipy.sparse.csr_array(parts, shape=(len(crow) - 1, case.side**2), copy=False)
+
+
+def scipy_coo(case: Case) -> scipy.sparse.csr_array:
+    """Index arrays of all entries, then COO to CSR."""
+    g = case.source[0].numpy()
+    n_filters, out_side, kernel = len(g), case.out_side, case.kernel
+    axes = (n_filters, kernel, kernel, out_side, out_side)
+    f, ky, kx, u, v = np.ogrid[tuple(slice(n) for n in axes)]
+    y, x = u * case.stride + ky - case.padding, v * case.stride + kx - case.padding
+    inside = np.broadcast_to((y >= 0) & (y < case.side) & (x >= 0) & (x < case.side), axes)
+    row = np.broadcast_to((f * kernel + ky) * kernel + kx, axes)[inside]
+    col = np.broadcast_to(y * case.side + x, axes)[inside]
+    values = np.broadcast_to(g[:, None, None], axes)[inside]
+    shape = (n_filters * kernel**2, case.side**2)
+    return scipy.sparse.coo_array((values, (row, col)), shape=shape).tocsr()
+
+
+def torch_unfold_coo(case: Case) -> Tensor:
+    """Unfold the input's indices, then torch's COO to CSR."""
+    g = case.source[0]
+    n_filters, n_taps = len(g), case.kernel**2
+    index = torch.arange(1, case.side**2 + 1, dtype=torch.float64).reshape(1, 1, case.side, case.side)
+    unfold = partial(torch.nn.functional.unfold, kernel_size=case.kernel, padding=case.padding)
+    col = unfold(index, stride=case.stride)[0].long() - 1
+    inside = (col >= 0).expand(n_filters, *col.shape)
+    row = torch.arange(n_filters * n_taps).reshape(n_filters, n_taps, 1).expand_as(inside)[inside]
+    values = g.reshape(n_filters, 1, -1).expand_as(inside)[inside]
+    coordinates = torch.stack([row, col.expand_as(inside)[inside]])
+    shape = (n_filters * n_taps, case.side**2)
+    return torch.sparse_coo_tensor(coordinates, values, shape, check_invariants=False).to_sparse_csr()
+
+
+def numpy_weight_by_hand(case: Case) -> scipy.sparse.csr_array:
+    """All filters and channels at once for each output position, written straight into the final arrays."""
+    w = case.source.numpy()
+    n_filters, n_channels, kernel, _ = w.shape
+    taps = []
+    for u in range(case.out_side):
+        first = u * case.stride - case.padding
+        taps.append((first, max(0, -first), min(kernel, case.side - first)))
+    n = np.array([end - begin for _, begin, end in taps])
+    starts = np.concatenate([[0], np.cumsum(n_channels * np.outer(n, n).ravel())])
+    values = np.empty((n_filters, starts[-1]))
+    col = np.empty((n_filters, starts[-1]), dtype=np.int32)
+    crow = np.empty(n_filters * (len(starts) - 1) + 1, dtype=np.int32)
+    crow[:-1] = (np.arange(n_filters)[:, None] * starts[-1] + starts[:-1]).ravel()
+    crow[-1] = n_filters * starts[-1]
+    plane = np.arange(n_channels, dtype=np.int32)[:, None, None] * case.side**2
+    for u, (y, y0, y1) in enumerate(taps):
+        for v, (x, x0, x1) in enumerate(taps):
+            t = u * case.out_side + v
+            here = slice(starts[t], starts[t + 1])
+            shape = (n_filters, n_channels, y1 - y0, x1 - x0)
+            values[:, here].reshape(shape)[...] = w[:, :, y0:y1, x0:x1]
+            i = np.arange(y + y0, y + y1, dtype=np.int32)[:, None] * case.side
+            col[:, here] = (plane + i + np.arange(x + x0, x + x1, dtype=np.int32)).ravel()
+    parts = (values.ravel(), col.ravel(), crow)
+    return scipy.sparse.csr_array(parts, shape=(len(crow) - 1, n_channels * case.side**2), copy=False)
+
+
+# --- In parts: what a loop over steps of one layer pays --------------------------------------------------
+
+
+@dataclass
+class Parts:
+    """A case whose pattern is there already."""
+
+    case: Case
+    numbers: tuple[int, ...]
+    crow: Tensor
+    nnz: int
+
+
+def parts_of(setup: Callable[[], Case]) -> Parts:
+    case = setup()
+    matrix = ours_gradient(case)
+    size, kernel = (case.side, case.side), (case.kernel, case.kernel)
+    geometry = ConvGeometry.create(
+        "benchmark", 1, case.source.shape[1], size, kernel, case.stride, case.padding
+    )
+    numbers = ConstraintLayout.of_gradient(geometry, 1).numbers
+    return Parts(case, numbers, matrix.crow_indices(), matrix.values().numel())
+
+
+def values_alone(parts: Parts) -> Tensor:
+    return torch.ops.rconv_fast.values(parts.case.source, parts.crow, parts.nnz, parts.numbers)
+
+
+def pattern_alone(parts: Parts) -> tuple[Tensor, Tensor]:
+    return torch.ops.rconv_fast.pattern(parts.numbers, parts.case.source.device)
+
+
+def sum_values(parts: Parts) -> Tensor:
+    return torch.ops.rconv_fast.sum_values(values_alone(parts), parts.crow, parts.numbers)
+
+
+def half_dead(setup: Callable[[], Case]) -> Case:
+    """Put the gradient behind a ReLU: half of it is 0."""
+    case = setup()
+    case.source = case.source.relu()
+    return case
+
+
+# --- Entries ---------------------------------------------------------------------------------------------
+
+
+def entries() -> list[Entry]:
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    copies = {"copy into fresh memory": copy_fresh, "copy into warm memory": copy_warm}
+    on_cpu = {
+        "numpy writing CSR by hand": numpy_by_hand,
+        "scipy COO to CSR": scipy_coo,
+        "torch unfold, COO to CSR": torch_unfold_coo,
+    }
+    weight_on_cpu = {"numpy writing CSR by hand": numpy_weight_by_hand}
+    found = []
+    for device in devices:
+        small = {"quick": True} if device == "cpu" else {}
+        for size in SIZES:
+            setup = partial(gradient_case, *size, device)
+            where = f"{device}/{','.join(map(str, size))}"
+            references = copies | (on_cpu if device == "cpu" else {})
+            quick = small if size[1] <= 16 else {}
+            found += [
+                Entry(f"gradient/{where}", setup, ours_gradient, references, csr_bytes, **quick),
+                Entry(
+                    f"gradient-parts/{where}",
+                    partial(parts_of, setup),
+                    values_alone,
+                    {"the pattern alone": pattern_alone, "the values and their transpose": sum_values},
+                ),
+                Entry(
+                    f"gradient-relu/{where}",
+                    partial(half_dead, setup),
+                    ours_gradient_nonzeros,
+                    {"the full matrix": ours_gradient},
+                    csr_bytes,
+                ),
+            ]
+        for size in WEIGHT_SIZES:
+            setup = partial(weight_case, *size, device)
+            references = copies | (weight_on_cpu if device == "cpu" else {})
+            name = f"weight/{device}/{','.join(map(str, size))}"
+            found.append(Entry(name, setup, ours_weight, references, csr_bytes))
+    return found

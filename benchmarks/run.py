@@ -1,0 +1,101 @@
+"""Run the benchmarks: ``python benchmarks/run.py [--filter TEXT] [--quick] [--out FILE.json]``.
+
+Finds every ``entries_*.py`` beside this file and calls its ``entries()``. Prints every entry and every
+reference, failures too. A ratio says how many times longer the reference takes than ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy
+import scipy
+
+from bench import Entry, run_entry
+from rconv_fast._build_info import build_info
+
+HERE = Path(__file__).resolve().parent
+
+
+def discover() -> list[Entry]:
+    found: list[Entry] = []
+    for path in sorted(HERE.glob("entries_*.py")):
+        found += importlib.import_module(path.stem).entries()
+    return found
+
+
+def machine() -> dict[str, Any]:
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        model = f"{names[0]} ({len(names)} threads)" if names else model
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "cpu": model,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "commit": commit or "none",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **build_info(),
+    }
+
+
+def milliseconds(timing: dict[str, Any]) -> str:
+    if timing["error"]:
+        return f"failed: {timing['error']}"
+    return f"{timing['median'] * 1e3:10.3f} ms  ±{timing['iqr'] * 1e3:.3f}"
+
+
+def show(result: dict[str, Any]) -> None:
+    rate = f"  {result['gb_per_s']:.1f} GB/s" if "gb_per_s" in result else ""
+    print(f"{result['name']}\n  {'ours':<34} {milliseconds(result['ours'])}{rate}")
+    for name, timing in result["references"].items():
+        ratio = f"  {timing['ratio']:.2f}x" if "ratio" in timing else ""
+        print(f"  {name:<34} {milliseconds(timing)}{ratio}")
+    for name, value in result.get("record", {}).items():
+        print(f"  {name:<34} {value:>10.6g}" if isinstance(value, float) else f"  {name:<34} {value!s:>10}")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--filter", default="", help="only entries whose name contains this text")
+    parser.add_argument("--quick", action="store_true", help="the small entries, briefly: a smoke test")
+    parser.add_argument("--seconds", type=float, default=1.0, help="least time a measurement takes")
+    parser.add_argument("--out", type=Path, help="write all figures and the machine's facts as JSON")
+    arguments = parser.parse_args()
+
+    chosen = [e for e in discover() if arguments.filter in e.name and (e.quick or not arguments.quick)]
+    if not chosen:
+        parser.error(f"no entry matches --filter {arguments.filter!r}")
+    facts = machine()
+    for key, value in facts.items():
+        print(f"{key:<20} {value}")
+    print()
+    results = []
+    for entry in chosen:
+        results.append(run_entry(entry, min_run_time=0.05 if arguments.quick else arguments.seconds))
+        show(results[-1])
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"machine": facts, "results": results}, indent=2) + "\n")
+    failed = [r["name"] for r in results if r["ours"]["error"]]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""What do the gradients that a client shares give away? Exact inputs, or a proof of what is not determined.
+
+>>> import torch, rconv_fast
+>>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5)).double()
+>>> x = torch.rand(1, 3, 2, 2, dtype=torch.float64)
+>>> torch.nn.functional.cross_entropy(model(x), torch.tensor([3])).backward()
+>>> result = rconv_fast.invert(model, {n: p.grad for n, p in model.named_parameters()}, (3, 2, 2))
+>>> result.verified, bool((result.inputs - x).abs().max() < 1e-10)
+(True, True)
+"""
+
+from __future__ import annotations
+
+from rconv_fast.errors import RconvError, UnsupportedModelError
+from rconv_fast.head import HeadSeparation, recover_linear_input, separate_softmax_batch
+from rconv_fast.invert import Inversion, invert
+from rconv_fast.metrics import match_samples, mse, psnr, ssim
+from rconv_fast.ops import gradient_constraints, weight_constraints
+from rconv_fast.recover import ConvRecovery, recover_conv_input
+from rconv_fast.updates import gradients_from_update
+from rconv_fast.walk import LayerReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvRecovery",
+    "HeadSeparation",
+    "Inversion",
+    "LayerReport",
+    "RconvError",
+    "UnsupportedModelError",
+    "gradient_constraints",
+    "gradients_from_update",
+    "invert",
+    "match_samples",
+    "mse",
+    "psnr",
+    "recover_conv_input",
+    "recover_linear_input",
+    "separate_softmax_batch",
+    "ssim",
+    "weight_constraints",
+]

@@ -1,0 +1,249 @@
+"""Activations, inverted and differentiated in terms of their output ``a`` (R-CONV, table 1).
+
+The derivative of SoftPlus in the paper's table is wrong; it is ``A' = 1 - exp(-beta a)``. Every row is tested
+against autograd. Activations that are not monotone (GELU, SiLU, Mish, Hardswish) have no such form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One monotone activation.
+
+    Attributes
+    ----------
+    name : str
+        The torch name.
+    inverse : callable
+        ``o`` from ``a``, where ``derivative(a) > 0``.
+    derivative : callable
+        ``A'(o)`` in terms of ``a``.
+    low, high : float
+        The closed range of outputs.
+    kinks : tuple of float
+        Outputs at which the derivative jumps.
+    flats : tuple of float
+        Outputs that whole ranges of ``o`` map to (0 for ReLU): there ``o`` is unknown and the derivative is 0.
+    """
+
+    name: str
+    inverse: Function
+    derivative: Function
+    low: float = -math.inf
+    high: float = math.inf
+    kinks: tuple[float, ...] = ()
+    flats: tuple[float, ...] = ()
+
+
+def _ones(a: Tensor) -> Tensor:
+    return torch.ones_like(a)
+
+
+def _step(condition: Tensor, a: Tensor, inside: float, outside: float) -> Tensor:
+    """One of two numbers, in a's dtype (``torch.where`` of two numbers would round them to float32)."""
+    return torch.where(condition, torch.full_like(a, inside), torch.full_like(a, outside))
+
+
+def identity() -> Activation:
+    """``a = o``."""
+    return Activation("Identity", lambda a: a, _ones)
+
+
+def sigmoid() -> Activation:
+    """``A' = a (1 - a)``."""
+    return Activation("Sigmoid", torch.logit, lambda a: a * (1 - a), 0.0, 1.0)
+
+
+def log_sigmoid() -> Activation:
+    """``A' = 1 - exp(a)``."""
+    return Activation(
+        "LogSigmoid", lambda a: a - torch.log(-torch.expm1(a)), lambda a: -torch.expm1(a), high=0.0
+    )
+
+
+def tanh() -> Activation:
+    """``A' = 1 - a^2``."""
+    return Activation("Tanh", torch.atanh, lambda a: 1 - a.square(), -1.0, 1.0)
+
+
+def arctan() -> Activation:
+    """``A' = 1 / (1 + tan(a)^2) = cos(a)^2``."""
+    half = math.pi / 2
+    return Activation("ArcTan", torch.tan, lambda a: torch.cos(a).square(), -half, half)
+
+
+def softsign() -> Activation:
+    """``A' = (1 - |a|)^2``."""
+    return Activation("Softsign", lambda a: a / (1 - a.abs()), lambda a: (1 - a.abs()).square(), -1.0, 1.0)
+
+
+def softplus(beta: float = 1.0, threshold: float = 20.0) -> Activation:
+    """``A' = 1 - exp(-beta a)``; linear above the threshold, as in torch."""
+
+    def inverse(a: Tensor) -> Tensor:
+        return torch.where(a * beta > threshold, a, a + torch.log(-torch.expm1(-beta * a)) / beta)
+
+    def derivative(a: Tensor) -> Tensor:
+        return torch.where(a * beta > threshold, 1.0, -torch.expm1(-beta * a))
+
+    return Activation("Softplus", inverse, derivative, low=0.0)
+
+
+def leaky_relu(slope: float = 0.01) -> Activation:
+    """``A' = 1`` for a >= 0, else the slope."""
+    return Activation(
+        "LeakyReLU",
+        lambda a: torch.where(a >= 0, a, a / slope),
+        lambda a: _step(a >= 0, a, 1.0, slope),
+        kinks=(0.0,),
+    )
+
+
+def prelu(weight: Tensor) -> Activation:
+    """LeakyReLU with a learned slope, one or one a channel (B, C, ...)."""
+
+    def slope(a: Tensor) -> Tensor:
+        shape = (1, -1) + (1,) * (a.ndim - 2)
+        return weight.detach().to(a).reshape(shape)
+
+    return Activation(
+        "PReLU",
+        lambda a: torch.where(a >= 0, a, a / slope(a)),
+        lambda a: torch.where(a >= 0, torch.ones_like(a), slope(a)),
+        kinks=(0.0,),
+    )
+
+
+def elu(alpha: float = 1.0, scale: float = 1.0) -> Activation:
+    """``A' = 1`` for a >= 0, else ``a + alpha`` (times the scale of SELU)."""
+    return Activation(
+        "ELU",
+        lambda a: torch.where(a >= 0, a / scale, torch.log1p(a.clamp_max(0) / (scale * alpha))),
+        lambda a: torch.where(a >= 0, scale, a + scale * alpha),
+        low=-scale * alpha,
+        kinks=() if alpha == 1.0 else (0.0,),
+    )
+
+
+def celu(alpha: float = 1.0) -> Activation:
+    """``A' = 1`` for a >= 0, else ``1 + a / alpha``."""
+    return Activation(
+        "CELU",
+        lambda a: torch.where(a >= 0, a, alpha * torch.log1p(a.clamp_max(0) / alpha)),
+        lambda a: torch.where(a >= 0, 1.0, 1 + a / alpha),
+        low=-alpha,
+    )
+
+
+def clamp(name: str, low: float = -math.inf, high: float = math.inf, slope: float = 1.0) -> Activation:
+    """``slope * o + c`` between two flat pieces: ReLU, ReLU6, Hardtanh (slope 1, c 0)."""
+    ends = tuple(end for end in (low, high) if math.isfinite(end))
+    return Activation(
+        name,
+        lambda a: a / slope,
+        lambda a: _step((a > low) & (a < high), a, slope, 0.0),
+        low,
+        high,
+        kinks=ends,
+        flats=ends,
+    )
+
+
+def relu() -> Activation:
+    """``A' = 1`` for a > 0, else 0."""
+    return clamp("ReLU", low=0.0)
+
+
+def hardsigmoid() -> Activation:
+    """``a = clamp(o / 6 + 1/2, 0, 1)``, ``A' = 1/6`` between the ends."""
+    return Activation(
+        "Hardsigmoid",
+        lambda a: 6 * a - 3,
+        lambda a: _step((a > 0) & (a < 1), a, 1 / 6, 0.0),
+        0.0,
+        1.0,
+        kinks=(0.0, 1.0),
+        flats=(0.0, 1.0),
+    )
+
+
+def of_module(module: nn.Module) -> Activation | None:
+    """The activation a module computes in its present mode, or None if it isn't one we can invert."""
+    match module:
+        case nn.ReLU():
+            return relu()
+        case nn.ReLU6():
+            return clamp("ReLU6", 0.0, 6.0)
+        case nn.Hardtanh():
+            return clamp("Hardtanh", module.min_val, module.max_val)
+        case nn.LeakyReLU() if module.negative_slope > 0:
+            return leaky_relu(module.negative_slope)
+        case nn.LeakyReLU() if module.negative_slope == 0:
+            return relu()
+        case nn.PReLU() if bool((module.weight > 0).all()):
+            return prelu(module.weight)
+        case nn.RReLU() if not module.training:
+            return leaky_relu((module.lower + module.upper) / 2)
+        case nn.Sigmoid():
+            return sigmoid()
+        case nn.LogSigmoid():
+            return log_sigmoid()
+        case nn.Tanh():
+            return tanh()
+        case nn.Softsign():
+            return softsign()
+        case nn.Softplus():
+            return softplus(module.beta, module.threshold)
+        case nn.ELU() if module.alpha > 0:
+            return elu(module.alpha)
+        case nn.SELU():
+            return elu(1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
+        case nn.CELU() if module.alpha > 0:
+            return celu(module.alpha)
+        case nn.Hardsigmoid():
+            return hardsigmoid()
+        case nn.Identity():
+            return identity()
+    return None
+
+
+# Functional forms: the arguments after the tensor, with torch's names and defaults, build the same activation.
+FUNCTIONS: dict[str, Callable[..., Activation]] = {
+    "relu": lambda inplace=False: relu(),
+    "relu_": relu,
+    "relu6": lambda inplace=False: clamp("ReLU6", 0.0, 6.0),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0, inplace=False: clamp("Hardtanh", min_val, max_val),
+    "clamp": lambda min=None, max=None: clamp(
+        "Hardtanh", -math.inf if min is None else min, math.inf if max is None else max
+    ),
+    "leaky_relu": lambda negative_slope=0.01, inplace=False: leaky_relu(negative_slope),
+    "sigmoid": sigmoid,
+    "logsigmoid": log_sigmoid,
+    "tanh": tanh,
+    "atan": arctan,
+    "arctan": arctan,
+    "softsign": softsign,
+    "softplus": softplus,
+    "elu": lambda alpha=1.0, inplace=False: elu(alpha),
+    "selu": lambda inplace=False: elu(1.6732632423543772848170429916717, 1.0507009873554804934193349852946),
+    "celu": lambda alpha=1.0, inplace=False: celu(alpha),
+    "hardsigmoid": lambda inplace=False: hardsigmoid(),
+}
+
+NOT_MONOTONE = ("gelu", "silu", "mish", "hardswish", "glu")
+
+
+def of_function(name: str, *args: object, **kwargs: object) -> Activation | None:
+    """The activation a functional or method call computes, or None if it isn't one we can invert."""
+    build = FUNCTIONS.get(name)
+    return build(*args, **kwargs) if build is not None else None

@@ -1,0 +1,75 @@
+"""Products with the constraint matrices of a convolution, without the matrices: they are convolutions.
+
+With ``i = u*s + k*d - p`` (see ``rconv_fast.geometry``), weights ``W`` and output gradients ``g``:
+
+=========  ================================================  ==================================
+product    formula                                           is
+=========  ================================================  ==================================
+``A x``    ``o[b,f,u]  = sum_{c,k} W[f,c,k] x[b,c,i]``        the convolution
+``A^T y``  ``x[b,c,i]  = sum_{f,u} W[f,c,k] y[b,f,u]``        its gradient in the input
+``B x``    ``dW[f,c,k] = sum_{b,u} g[b,f,u] x[b,c,i]``        its gradient in the weight
+``B^T y``  ``x[b,c,i]  = sum_{f,u} g[b,f,u] y[f,c,k]``        its gradient in the input, weight y
+=========  ================================================  ==================================
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rconv_fast.geometry import ConvGeometry
+
+
+def apply_weight(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tensor:
+    """``A x``: x (B, C, \\*in), weight (F, C/groups, \\*K) -> (B, F, \\*out)."""
+    if _is_linear(geometry):
+        return (x.flatten(1) @ weight.flatten(1).mT).reshape(len(x), -1, 1)
+    zeros = [0] * geometry.ndim
+    return torch.ops.aten.convolution(
+        x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, zeros, geometry.groups
+    )
+
+
+def apply_weight_adjoint(geometry: ConvGeometry, y: Tensor, weight: Tensor) -> Tensor:
+    """``A^T y`` (and ``B^T y`` with g for y, y for weight): (B, F, \\*out) -> (B, C, \\*in)."""
+    if _is_linear(geometry):
+        return (y.flatten(1) @ weight.flatten(1)).reshape(len(y), -1, 1)
+    like = y.new_empty(1).expand(len(y), geometry.in_channels, *geometry.input_size)
+    return _convolution_backward(geometry, y, like, weight, 0)
+
+
+def apply_gradient(geometry: ConvGeometry, x: Tensor, grad_output: Tensor) -> Tensor:
+    """``B x``: x (B, C, \\*in), grad_output (B, F, \\*out) -> (F, C/groups, \\*K)."""
+    if _is_linear(geometry):
+        return (grad_output.flatten(1).mT @ x.flatten(1)).unsqueeze(-1)
+    shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
+    return _convolution_backward(geometry, grad_output, x, x.new_empty(1).expand(shape), 1)
+
+
+def _convolution_backward(
+    geometry: ConvGeometry, grad_output: Tensor, x: Tensor, weight: Tensor, which: int
+) -> Tensor:
+    """One of the gradients of a convolution: in the input (`which` 0) or in the weight (1)."""
+    mask = [which == 0, which == 1, False]
+    gradients = torch.ops.aten.convolution_backward(
+        grad_output,
+        x,
+        weight,
+        None,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        False,
+        [0] * geometry.ndim,
+        geometry.groups,
+        mask,
+    )
+    return gradients[which]
+
+
+def _is_linear(geometry: ConvGeometry) -> bool:
+    """A fully connected layer: one position, one offset; a matrix product is faster than a convolution."""
+    return (
+        geometry.n_input == geometry.n_taps == geometry.n_output == geometry.groups == 1
+        and geometry.padding == (0,)
+    )

@@ -1,0 +1,238 @@
+"""The input of one convolution, from its gradients and from what is known of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rconv_fast.errors import require, require_type
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.solve import SOLVERS, GradientRows, Rows, System, WeightRows, solve
+
+FUNCTION = "recover_conv_input"
+
+
+@dataclass(frozen=True)
+class ConvRecovery:
+    """The recovered input of one convolution.
+
+    Attributes
+    ----------
+    input : Tensor
+        (B, C, \\*in), in the dtype and on the device of `grad_output`; minimum norm where it is not determined.
+    rank, unknowns, rows : int
+        Numerical rank of the layer's system (a bound where it was not computed), its unknowns and equations.
+    determined : Tensor
+        Bool (B, C, \\*in): is this value fixed by the constraints.
+    residual : float
+        Relative residual of the equations.
+    condition : float
+        Estimated condition number, NaN where it was not estimated.
+    solver : str
+        What was used.
+    converged : bool
+        Whether it met its tolerance.
+    iterations : int
+        Iterations it took.
+    """
+
+    input: Tensor
+    rank: int
+    unknowns: int
+    rows: int
+    determined: Tensor
+    residual: float
+    condition: float
+    solver: str
+    converged: bool
+    iterations: int
+
+
+def recover_conv_input(
+    grad_weight: Tensor,
+    grad_output: Tensor,
+    input_size: Sequence[int] | int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    output: Tensor | None = None,
+    known: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    solver: str = "auto",
+    rtol: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> ConvRecovery:
+    """Solve a convolution's gradient constraints (and weight constraints, where outputs are known) for its input.
+
+    The gradient constraints alone fall apart into stride phases, each solved directly with all channels as
+    right-hand sides; they suffice where ``F * n_k >= B * n_pixels`` in every phase. With `weight` and `output`
+    the weight constraints join in.
+
+    Parameters
+    ----------
+    grad_weight : Tensor, shape (F, C/groups, \\*K)
+        Gradient of the weight, summed over the batch.
+    grad_output : Tensor, shape (B, F, \\*out)
+        Gradient of the pre-activations.
+    input_size : sequence of int
+        Spatial size of the input.
+    weight : Tensor, shape (F, C/groups, \\*K), optional
+    bias : Tensor, shape (F,), optional
+    output : Tensor, shape (B, F, \\*out), optional
+        Pre-activations, bias included.
+    known : Tensor, bool, shape (B, F, \\*out), optional
+        Which pre-activations are known; all if left out.
+    stride, padding, dilation, groups
+        As in ``torch.nn.functional.conv2d``.
+    solver : {"auto", "direct", "hybrid"}
+        "direct" uses the gradient rows alone, "hybrid" all rows; "auto" decides by the counts.
+    rtol : float, optional
+        Relative residual at which an iteration stops, and relative singular value below which a direction
+        counts as undetermined. By default the rounding of `dtype`.
+    dtype : torch.dtype
+        Working precision of the solve.
+
+    Returns
+    -------
+    ConvRecovery
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If shapes do not fit, a value is not finite, or the gradient is zero everywhere.
+
+    References
+    ----------
+    R-CONV (Eltaras et al., WISE 2024), section 3.3 (gradient constraints) and section 4 (both systems).
+
+    Examples
+    --------
+    >>> x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    >>> w = torch.randn(16, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    >>> o = torch.nn.functional.conv2d(x, w, padding=1)
+    >>> g = torch.randn_like(o)
+    >>> (dw,) = torch.autograd.grad(o, w, g)
+    >>> found = recover_conv_input(dw, g, (8, 8), padding=1)
+    >>> found.solver, bool((found.input - x).abs().max() < 1e-10)
+    ('phase-cholesky', True)
+    """
+    tensors = {
+        "grad_weight": grad_weight,
+        "grad_output": grad_output,
+        "weight": weight,
+        "bias": bias,
+        "output": output,
+    }
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        require_type(isinstance(value, Tensor), FUNCTION, name, "be a torch.Tensor", type(value).__name__)
+        require_type(value.is_floating_point(), FUNCTION, name, "be of a real floating type", value.dtype)
+        require(bool(torch.isfinite(value).all()), FUNCTION, name, "be finite", "NaN or Inf")
+    geometry = _geometry(grad_weight, grad_output, input_size, stride, padding, dilation, groups)
+    require(bool(grad_output.any()), FUNCTION, "grad_output", "not be zero", "a zero gradient")
+    require(solver in SOLVERS, FUNCTION, "solver", f"be one of {', '.join(SOLVERS)}", repr(solver))
+    rows: list[Rows] = [
+        GradientRows.create(geometry, grad_weight.detach().to(dtype), grad_output.detach().to(dtype))
+    ]
+    if output is not None or known is not None:
+        rows.append(_weight_rows(geometry, grad_output, weight, bias, output, known, dtype))
+    shape = torch.Size((len(grad_output), geometry.in_channels, *geometry.input_size))
+    tolerance = 4 * torch.finfo(dtype).eps if rtol is None else rtol
+    found = solve(System(shape, tuple(rows)), solver=solver, rtol=tolerance)
+    return ConvRecovery(
+        found.x.to(grad_output.dtype),
+        found.rank,
+        found.unknowns,
+        found.rows,
+        found.determined,
+        found.residual,
+        found.condition,
+        found.solver,
+        found.converged,
+        found.iterations,
+    )
+
+
+def _geometry(
+    grad_weight: Tensor,
+    grad_output: Tensor,
+    input_size: Sequence[int] | int,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> ConvGeometry:
+    """The geometry that the arguments describe, and a check that they agree with it."""
+    require(
+        3 <= grad_weight.ndim <= 5,
+        FUNCTION,
+        "grad_weight",
+        "have shape (F, C/groups, *K) with 1 to 3 axes in K",
+        tuple(grad_weight.shape),
+    )
+    filters, channels = grad_weight.shape[:2]
+    geometry = ConvGeometry.create(
+        FUNCTION,
+        channels * groups,
+        filters,
+        input_size,
+        grad_weight.shape[2:],
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    wanted = (filters, *geometry.out_size)
+    got = tuple(grad_output.shape)
+    described = f"have shape (B, {', '.join(map(str, wanted))}) with B >= 1"
+    require(got[1:] == wanted and got[0] >= 1, FUNCTION, "grad_output", described, got)
+    return geometry
+
+
+def _weight_rows(
+    geometry: ConvGeometry,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output: Tensor | None,
+    known: Tensor | None,
+    dtype: torch.dtype,
+) -> WeightRows:
+    """The weight constraints of the known outputs."""
+    shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
+    require(weight is not None, FUNCTION, "weight", "be given with output", None)
+    require(output is not None, FUNCTION, "output", "be given with known", None)
+    assert weight is not None
+    assert output is not None
+    require(tuple(weight.shape) == shape, FUNCTION, "weight", f"have shape {shape}", tuple(weight.shape))
+    wanted = tuple(grad_output.shape)
+    require(
+        tuple(output.shape) == wanted,
+        FUNCTION,
+        "output",
+        f"have grad_output's shape {wanted}",
+        tuple(output.shape),
+    )
+    values = output.detach().to(dtype)
+    if bias is not None:
+        require(
+            tuple(bias.shape) == shape[:1], FUNCTION, "bias", f"have shape {shape[:1]}", tuple(bias.shape)
+        )
+        values = values - bias.detach().to(dtype).reshape(1, -1, *(1,) * geometry.ndim)
+    if known is None:
+        mask = torch.ones_like(values)
+    else:
+        require(tuple(known.shape) == wanted, FUNCTION, "known", f"have shape {wanted}", tuple(known.shape))
+        require_type(known.dtype == torch.bool, FUNCTION, "known", "be a bool tensor", known.dtype)
+        mask = known.to(values)
+    return WeightRows.create(geometry, weight.detach().to(dtype), values, mask)
+
+
+__all__ = ["ConvRecovery", "recover_conv_input"]

@@ -1,0 +1,257 @@
+"""Gradient and weight constraints together: balanced, preconditioned, matrix-free (method, section 4).
+
+The cost model. One product with M costs the convolutions' flops and is the unit; what decides is the number of
+iterations, and that the preconditioner:
+
+* ``phase-cholesky`` when the gradient rows cover most unknowns: a factor of n^3/3 flops for each stride phase of
+  n unknowns, shared by all channels, leaves few iterations for the weight rows;
+* ``dissection`` when the weight rows are nearly square, hence ill-conditioned, and their factor is cheap;
+* ``jacobi`` otherwise, in float32 for large systems; where it has not converged when it has cost as much as a
+  dissection would, the dissection takes over.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rconv_fast.solve.dense import PseudoInverse, normal_matrix
+from rconv_fast.solve.dissection import DissectionFactor
+from rconv_fast.solve.krylov import KrylovResult, Preconditioner, Progress, cgls, refine
+from rconv_fast.solve.phases import count_phases
+from rconv_fast.solve.preconditioners import dissection, gradient_blocks, jacobi, phase_cholesky
+from rconv_fast.solve.rows import GradientRows, System, WeightRows
+from rconv_fast.solve.solution import Solution
+
+# Share of a channel's unknowns that the gradient rows must cover for factoring them to pay.
+GRADIENT_COVERAGE = 0.6
+# Largest phase (unknowns of one channel, all samples) whose Gram matrix is factored as a preconditioner.
+MAX_FACTORED_PHASE = 8192
+# Systems with fewer equations an unknown than this are ill-conditioned enough for a dissection to pay, if its
+# flops are below the limit (a few seconds) and its memory below the other.
+NEARLY_SQUARE = 1.6
+MAX_DISSECTION_FLOPS, MAX_DISSECTION_BYTES = 1e12, 3e9
+# Dissections this small are tried first; larger ones after the Jacobi iteration has had its chance.
+CHEAP_DISSECTION_FLOPS = 5e9
+# Largest system that is decided by eigenvalues when the iterations leave its rank open.
+MAX_DENSE_UNKNOWNS = 6144
+# Above this many unknowns the inner iterations run in float32 (four times faster convolutions on a CPU).
+MIXED_PRECISION_UNKNOWNS = 20_000
+MAX_ITERATIONS = 2000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the cost model chose: preconditioner, precision, weight of the gradient rows, iterations to spend."""
+
+    preconditioner: str
+    gradient_weight: float
+    mixed: bool = False
+    max_iterations: int = MAX_ITERATIONS
+
+    @property
+    def name(self) -> str:
+        """As the report quotes it."""
+        return f"cgls+{self.preconditioner}" + ("+float32" if self.mixed else "")
+
+
+def plans(system: System) -> Iterator[Plan]:
+    """The plans for a system, cheapest first; each next one is for when the last did not converge."""
+    mixed = system.unknowns >= MIXED_PRECISION_UNKNOWNS
+    if system.support is None and _coverage(system) >= GRADIENT_COVERAGE:
+        # A large weight of the gradient rows costs no iterations: the preconditioner inverts them exactly.
+        yield Plan("phase-cholesky", 1e3, mixed)
+        return
+    flops = _dissection_flops(system)
+    # The gradient rows only fix what the weight rows leave nearly open: a small weight costs few iterations.
+    by_dissection = Plan("dissection", 1e-10)
+    if flops <= CHEAP_DISSECTION_FLOPS:
+        yield by_dissection
+    yield Plan("jacobi", 1.0, mixed, MAX_ITERATIONS if flops > MAX_DISSECTION_FLOPS else MAX_ITERATIONS // 2)
+    if CHEAP_DISSECTION_FLOPS < flops <= MAX_DISSECTION_FLOPS:
+        yield by_dissection
+
+
+def _coverage(system: System) -> float:
+    """Share of one channel's unknowns that the gradient rows could fix, phase by phase; 0 where too large."""
+    gradient = gradient_blocks(system)
+    if not gradient:
+        return 0.0
+    phases = zip(*(count_phases(block) for block in gradient), strict=True)
+    counts = [(sum(count.rows for count in phase), phase[0].unknowns) for phase in phases]
+    if max(unknowns for _, unknowns in counts) > MAX_FACTORED_PHASE:
+        return 0.0
+    return sum(min(rows, unknowns) for rows, unknowns in counts) / sum(unknowns for _, unknowns in counts)
+
+
+def _dissection_flops(system: System) -> float:
+    """Cost of dissecting the weight rows; infinite where that cannot or need not be done."""
+    blocks = [block for block in system.blocks if isinstance(block, WeightRows)]
+    if system.support is not None or len(blocks) != 1 or system.count > NEARLY_SQUARE * system.unknowns:
+        return math.inf
+    (block,) = blocks
+    shared = bool((block.row_weight > 0).all())
+    if block.count < 0.9 * system.unknowns:
+        return math.inf
+    memory, flops = DissectionFactor.estimate(block.geometry, row_weights=not shared)
+    samples = 1 if shared else system.shape[0]
+    return float(flops) * samples if memory * samples <= MAX_DISSECTION_BYTES else math.inf
+
+
+def solve_hybrid(system: System, *, rtol: float, progress: Progress | None = None) -> Solution:
+    """Solve all blocks together; the rank is computed where it is in doubt and can be."""
+    best: tuple[KrylovResult, Plan, Preconditioner, System] | None = None
+    for plan in plans(system):
+        balanced = balance(system, plan.gradient_weight)
+        preconditioner, plan = _build(balanced, plan)
+        result = _iterate(balanced, preconditioner, plan, rtol, progress)
+        if best is None or result.residual < best[0].residual:
+            best = result, plan, preconditioner, balanced
+        if result.converged:
+            break
+    assert best is not None
+    result, plan, preconditioner, balanced = best
+    enough = balanced.count >= balanced.unknowns and bool(_touched(balanced).all())
+    if not (enough and result.converged) and balanced.unknowns <= MAX_DENSE_UNKNOWNS:
+        return _solve_dense(balance(system, 1.0), rtol)
+    determined = _probe(balanced, preconditioner, plan, result.iterations)
+    full = bool(determined.all())
+    return Solution(
+        x=result.x,
+        rank=balanced.unknowns if full else min(balanced.count, balanced.unknowns - 1),
+        unknowns=balanced.unknowns,
+        rows=balanced.count,
+        determined=determined,
+        residual=balanced.residual(result.x),
+        condition=math.nan,
+        solver=plan.name,
+        converged=result.converged,
+        iterations=result.iterations,
+    )
+
+
+def balance(system: System, gradient_weight: float) -> System:
+    """Scale every block to mean column norm 1 (gradient rows to the root of `gradient_weight`)."""
+    blocks = []
+    for block in system.blocks:
+        mean = float(block.diagonal().mean())
+        weight = gradient_weight if isinstance(block, GradientRows) else 1.0
+        blocks.append(block.scaled(math.sqrt(weight / mean)) if mean > 0 else block)
+    return System(system.shape, tuple(blocks), system.support)
+
+
+def _build(system: System, plan: Plan) -> tuple[Preconditioner, Plan]:
+    """The planned preconditioner, or Jacobi where its factorisation fails."""
+    dtype = torch.float32 if plan.mixed else system.rhs[0].dtype
+    built: Preconditioner | None = None
+    if plan.preconditioner == "phase-cholesky":
+        built = phase_cholesky(system, dtype)
+    elif plan.preconditioner == "dissection":
+        (rows,) = (block for block in system.blocks if isinstance(block, WeightRows))
+        factored = dissection(rows)
+        built = factored[0] if factored is not None else None
+    if built is not None:
+        return built, plan
+    return jacobi(system, dtype), replace(plan, preconditioner="jacobi")
+
+
+def _iterate(
+    system: System, preconditioner: Preconditioner, plan: Plan, rtol: float, progress: Progress | None
+) -> KrylovResult:
+    """Float32 passes first where the plan says so; what they leave is finished in float64."""
+    budget = plan.max_iterations
+    if not plan.mixed:
+        return refine(
+            system, preconditioner, inner_rtol=1e-11, rtol=rtol, max_iterations=budget, progress=progress
+        )
+    coarse = refine(
+        system,
+        preconditioner,
+        inner_dtype=torch.float32,
+        inner_rtol=1e-4,
+        rtol=rtol,
+        max_iterations=budget,
+        progress=progress,
+    )
+    if coarse.residual <= rtol or coarse.iterations >= budget:
+        return coarse
+    rhs = [b - q for b, q in zip(system.rhs, system.apply(coarse.x), strict=True)]
+    fine = refine(
+        system,
+        preconditioner,
+        rhs=rhs,
+        inner_rtol=1e-6,
+        rtol=rtol / coarse.residual,
+        max_iterations=budget - coarse.iterations,
+        progress=progress,
+    )
+    return KrylovResult(
+        coarse.x + fine.x,
+        coarse.iterations + fine.iterations,
+        coarse.residual * fine.residual,
+        fine.converged,
+    )
+
+
+def _touched(system: System) -> Tensor:
+    """Values that some equation holds (or that are known to be 0)."""
+    touched = (system.diagonal() > 0).expand(system.shape)
+    return touched if system.support is None else touched | ~system.support
+
+
+# Far above the error of a converged probe, far below the share of a null vector in an undetermined value.
+PROBE_TOLERANCE = 1e-3
+# The probe compares with its known answer every so many iterations, and may take this much longer than the solve.
+PROBE_EVERY, PROBE_PATIENCE = 10, 1.5
+
+
+def _probe(system: System, preconditioner: Preconditioner, plan: Plan, iterations: int) -> Tensor:
+    """Which values the equations fix, by projecting a random vector z on the row space.
+
+    The solution of ``M x = M z`` that starts from 0 agrees with z exactly in the determined values, and with
+    probability 1 nowhere else. The answer z is known, so the iteration stops when it has been found.
+    """
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(system.shape, generator=generator, dtype=torch.float64).to(system.rhs[0])
+    if system.support is not None:
+        z = z * system.support
+    inner = system.to(torch.float32) if plan.mixed else system
+    z = z.to(inner.rhs[0].dtype)
+    rhs = inner.apply(z)
+    scale = math.sqrt(sum(float(part.square().sum()) for part in rhs))
+    found: Callable[[Tensor], bool] = lambda x: bool((x * scale - z).abs().max() < PROBE_TOLERANCE)  # noqa: E731
+    result = cgls(
+        inner,
+        [part / scale for part in rhs],
+        preconditioner,
+        rtol=0.0,
+        max_iterations=max(PROBE_EVERY, int(PROBE_PATIENCE * iterations)),
+        accept=found,
+        accept_every=PROBE_EVERY,
+    )
+    return (result.x * scale - z).abs() < PROBE_TOLERANCE
+
+
+def _solve_dense(system: System, rtol: float) -> Solution:
+    """Decide the rank by eigenvalues of the normal matrix, then refine with its pseudo-inverse."""
+    inverse = PseudoInverse.create(normal_matrix(system))
+    result = refine(system, inverse.solve, inner_rtol=1e-12, rtol=rtol, max_iterations=50)
+    determined = inverse.determined.reshape(system.shape)
+    if system.support is not None:
+        determined = determined | ~system.support
+    return Solution(
+        x=result.x,
+        rank=inverse.rank,
+        unknowns=system.unknowns,
+        rows=system.count,
+        determined=determined,
+        residual=system.residual(result.x),
+        condition=inverse.condition,
+        solver="normal-eigh",
+        converged=True,
+        iterations=result.iterations,
+    )

@@ -1,0 +1,291 @@
+"""The equations of one unknown layer input ``x (B, C, *in)``, as blocks of rows ``M x = b`` without the matrix.
+
+Every block offers the same five things: ``apply`` (``M x``), ``adjoint`` (``M^T y``), ``diagonal``
+(of ``M^T M``), ``rhs`` (``b``) and ``count``; ``scaled`` and ``to`` give the block times a number and in
+another dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.operators import apply_gradient, apply_weight, apply_weight_adjoint
+
+
+class Rows(Protocol):
+    """One block of equations ``M x = rhs``."""
+
+    rhs: Tensor
+
+    @property
+    def count(self) -> int:
+        """Number of equations that say something."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``M x``, in the shape of ``rhs``."""
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``M^T y``, in the shape of the unknown."""
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of ``M^T M``, in a shape that broadcasts to the unknown's."""
+
+    def scaled(self, factor: float) -> Rows:
+        """The block times `factor`, on both sides."""
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The block in another dtype."""
+
+
+@dataclass(frozen=True)
+class GradientRows:
+    """Gradient constraints ``dW[f,c,k] = sum_{b,u} g[b,f,u] x[b,c,i]`` (R-CONV, equation 11).
+
+    `grad_output` and `rhs` are scaled filter by filter to ``||g_f|| = 1``: the filters of one layer differ by
+    orders of magnitude, and the relative rounding of each ``dW[f]`` is the same.
+    """
+
+    geometry: ConvGeometry
+    grad_output: Tensor
+    rhs: Tensor
+
+    @classmethod
+    def create(cls, geometry: ConvGeometry, grad_weight: Tensor, grad_output: Tensor) -> GradientRows:
+        """Scale the rows of each filter to unit gradient norm; filters without gradient become empty rows."""
+        norm = grad_output.transpose(0, 1).flatten(1).norm(dim=1)
+        scale = torch.where(norm > 0, 1 / norm, 0.0).nan_to_num(0.0, 0.0, 0.0)
+        spatial = (1,) * geometry.ndim
+        return cls(
+            geometry,
+            grad_output * scale.reshape(1, -1, *spatial),
+            grad_weight * scale.reshape(-1, 1, *spatial),
+        )
+
+    @property
+    def live_filters(self) -> Tensor:
+        """Which filters have a gradient at all, (F,) bool."""
+        return self.grad_output.transpose(0, 1).flatten(1).any(dim=1)
+
+    @property
+    def count(self) -> int:
+        """Rows of the live filters, for all channels."""
+        return (
+            int(self.live_filters.sum())
+            * self.geometry.n_taps
+            * self.geometry.in_channels
+            // self.geometry.groups
+        )
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``B x``."""
+        return apply_gradient(self.geometry, x, self.grad_output)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``B^T y``."""
+        return apply_weight_adjoint(self.geometry, self.grad_output, y)
+
+    def diagonal(self) -> Tensor:
+        """``sum_{f,k} g[b,f,u]^2``: the same for all channels of a group."""
+        geometry = replace(self.geometry, in_channels=self.geometry.groups)
+        ones = self.rhs.new_ones(geometry.out_channels, 1, *geometry.kernel_size)
+        per_group = apply_weight_adjoint(geometry, self.grad_output.square(), ones)
+        return per_group.repeat_interleave(self.geometry.in_channels // self.geometry.groups, dim=1)
+
+    def scaled(self, factor: float) -> GradientRows:
+        """The block times `factor`."""
+        return replace(self, grad_output=self.grad_output * factor, rhs=self.rhs * factor)
+
+    def to(self, dtype: torch.dtype) -> GradientRows:
+        """The block in another dtype."""
+        return replace(self, grad_output=self.grad_output.to(dtype), rhs=self.rhs.to(dtype))
+
+
+@dataclass(frozen=True)
+class WeightRows:
+    """Weight constraints ``w (o - bias) = w A x`` (R-CONV, section 4); ``row_weight`` w is 0 where o is unknown."""
+
+    geometry: ConvGeometry
+    weight: Tensor
+    row_weight: Tensor
+    rhs: Tensor
+
+    @classmethod
+    def create(cls, geometry: ConvGeometry, weight: Tensor, output: Tensor, row_weight: Tensor) -> WeightRows:
+        """`output` is the pre-activation without bias, read only where `row_weight` is positive."""
+        rhs = torch.where(row_weight > 0, output, 0.0) * row_weight
+        return cls(geometry, weight, row_weight, rhs)
+
+    @property
+    def count(self) -> int:
+        """Known outputs."""
+        return int((self.row_weight > 0).sum())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``w A x``."""
+        return apply_weight(self.geometry, x, self.weight).mul_(self.row_weight)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``A^T w y``."""
+        return apply_weight_adjoint(self.geometry, y * self.row_weight, self.weight)
+
+    def diagonal(self) -> Tensor:
+        """``sum_{f,u} W[f,c,k]^2 w[b,f,u]^2``."""
+        return apply_weight_adjoint(self.geometry, self.row_weight.square(), self.weight.square())
+
+    def scaled(self, factor: float) -> WeightRows:
+        """The block times `factor`."""
+        return replace(self, row_weight=self.row_weight * factor, rhs=self.rhs * factor)
+
+    def to(self, dtype: torch.dtype) -> WeightRows:
+        """The block in another dtype."""
+        return replace(
+            self,
+            weight=self.weight.to(dtype),
+            row_weight=self.row_weight.to(dtype),
+            rhs=self.rhs.to(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class PointRows:
+    """Values known directly: ``w x = w value``; ``row_weight`` w is 0 where they are not."""
+
+    row_weight: Tensor
+    rhs: Tensor
+
+    @classmethod
+    def create(cls, value: Tensor, row_weight: Tensor) -> PointRows:
+        """`value` is read only where `row_weight` is positive."""
+        return cls(row_weight, torch.where(row_weight > 0, value, 0.0) * row_weight)
+
+    @property
+    def count(self) -> int:
+        """Known values."""
+        return int((self.row_weight > 0).sum())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``w x``."""
+        return x * self.row_weight
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``w y``."""
+        return y * self.row_weight
+
+    def diagonal(self) -> Tensor:
+        """``w^2``."""
+        return self.row_weight.square()
+
+    def scaled(self, factor: float) -> PointRows:
+        """The block times `factor`."""
+        return PointRows(self.row_weight * factor, self.rhs * factor)
+
+    def to(self, dtype: torch.dtype) -> PointRows:
+        """The block in another dtype."""
+        return PointRows(self.row_weight.to(dtype), self.rhs.to(dtype))
+
+
+@dataclass(frozen=True)
+class MapRows:
+    """Rows of any other linear map (average pooling, padding), given as a function and its adjoint."""
+
+    forward: Callable[[Tensor], Tensor]
+    shape: torch.Size
+    row_weight: Tensor
+    rhs: Tensor
+
+    @classmethod
+    def create(
+        cls, forward: Callable[[Tensor], Tensor], shape: torch.Size, value: Tensor, row_weight: Tensor
+    ) -> MapRows:
+        """Rows ``w forward(x) = w value`` for x of the given shape."""
+        return cls(forward, shape, row_weight, torch.where(row_weight > 0, value, 0.0) * row_weight)
+
+    @property
+    def count(self) -> int:
+        """Known outputs of the map."""
+        return int((self.row_weight > 0).sum())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``w M x``."""
+        return self.forward(x) * self.row_weight
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """``M^T w y``."""
+        with torch.enable_grad():
+            x = y.new_zeros(self.shape).requires_grad_()
+            (gradient,) = torch.autograd.grad(self.forward(x), x, y * self.row_weight)
+        return gradient
+
+    def diagonal(self) -> Tensor:
+        """The mean of the diagonal: ``E ||w M v||^2 / n`` over random signs v."""
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, self.shape, generator=generator).to(self.rhs) * 2 - 1
+        return self.apply(signs).square().sum() / signs.numel()
+
+    def scaled(self, factor: float) -> MapRows:
+        """The block times `factor`."""
+        return replace(self, row_weight=self.row_weight * factor, rhs=self.rhs * factor)
+
+    def to(self, dtype: torch.dtype) -> MapRows:
+        """The block in another dtype."""
+        return replace(self, row_weight=self.row_weight.to(dtype), rhs=self.rhs.to(dtype))
+
+
+@dataclass(frozen=True)
+class System:
+    """All blocks of one unknown, stacked; `support` (bool, or None for all) marks the values not known to be 0."""
+
+    shape: torch.Size
+    blocks: tuple[Rows, ...]
+    support: Tensor | None = None
+
+    @property
+    def unknowns(self) -> int:
+        """Number of values to find."""
+        return math.prod(self.shape) if self.support is None else int(self.support.sum())
+
+    @property
+    def count(self) -> int:
+        """Number of equations."""
+        return sum(block.count for block in self.blocks)
+
+    @property
+    def rhs(self) -> list[Tensor]:
+        """Right-hand sides, one a block."""
+        return [block.rhs for block in self.blocks]
+
+    def apply(self, x: Tensor) -> list[Tensor]:
+        """``M x``, one tensor a block."""
+        return [block.apply(x) for block in self.blocks]
+
+    def adjoint(self, y: list[Tensor]) -> Tensor:
+        """``M^T y``, restricted to the support."""
+        total = self.blocks[0].adjoint(y[0])
+        for block, part in zip(self.blocks[1:], y[1:], strict=True):
+            total = total + block.adjoint(part)
+        return total if self.support is None else total * self.support
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of ``M^T M``."""
+        total = self.rhs[0].new_zeros(self.shape)
+        for block in self.blocks:
+            total = total + block.diagonal()
+        return total
+
+    def to(self, dtype: torch.dtype) -> System:
+        """The system in another dtype."""
+        return replace(self, blocks=tuple(block.to(dtype) for block in self.blocks))
+
+    def residual(self, x: Tensor) -> float:
+        """``||b - M x|| / ||b||``, in float64."""
+        b, r = self.rhs, self.apply(x)
+        squares = sum(float((bi.double() - ri.double()).square().sum()) for bi, ri in zip(b, r, strict=True))
+        norm = sum(float(bi.double().square().sum()) for bi in b)
+        return math.sqrt(squares / norm) if norm > 0 else math.sqrt(squares)

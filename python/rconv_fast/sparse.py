@@ -1,0 +1,52 @@
+"""torch's sparse CSR tensors as scipy's and cupy's matrices, sharing their memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from rconv_fast.errors import require, require_type
+from rconv_fast.streams import cupy_on_torch_stream
+
+
+def to_scipy(matrix: Tensor) -> scipy.sparse.csr_array:
+    """Return a sparse CSR tensor on the CPU as ``scipy.sparse.csr_array``, without a copy.
+
+    The two share memory: changing the one in place changes the other. Gradients do not flow through.
+    """
+    _require_csr(matrix, "to_scipy")
+    require(matrix.device.type == "cpu", "to_scipy", "matrix", "be on the cpu", matrix.device)
+    components = (part.numpy() for part in _components(matrix))
+    result = scipy.sparse.csr_array(tuple(components), shape=tuple(matrix.shape), copy=False)
+    result.has_canonical_format = True  # columns are sorted and unique
+    return result
+
+
+def to_cupy(matrix: Tensor) -> Any:
+    """Return a sparse CSR tensor on the GPU as ``cupyx.scipy.sparse.csr_matrix``, without a copy.
+
+    Built on torch's current stream. The two share memory. cupy reads two offsets back (one host
+    synchronisation), so build it once a geometry and assign ``.data`` after that.
+    """
+    _require_csr(matrix, "to_cupy")
+    require(matrix.device.type == "cuda", "to_cupy", "matrix", "be on a GPU", matrix.device)
+    with cupy_on_torch_stream(matrix.device, "to_cupy") as cupy:
+        from cupyx.scipy.sparse import csr_matrix
+
+        components = tuple(cupy.from_dlpack(part) for part in _components(matrix))
+        result = csr_matrix(components, shape=tuple(matrix.shape), copy=False)  # synchronize!
+        result.has_canonical_format = True
+        return result
+
+
+def _components(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    matrix = matrix.detach()
+    return matrix.values(), matrix.col_indices(), matrix.crow_indices()
+
+
+def _require_csr(matrix: Tensor, function: str) -> None:
+    require_type(isinstance(matrix, Tensor), function, "matrix", "be a torch tensor", type(matrix).__name__)
+    require_type(matrix.layout == torch.sparse_csr, function, "matrix", "be sparse CSR", matrix.layout)

@@ -1,0 +1,403 @@
+"""Splitting a softmax head's gradient: every sample, every label, and nothing that is not in the batch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rconv_fast import head as head_module
+from rconv_fast.errors import ArgumentError, ArgumentTypeError
+from rconv_fast.head import numerical_rank, recover_linear_input, rounding_of, separate_softmax_batch
+
+
+@dataclass
+class Batch:
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    grad_weight: torch.Tensor
+    grad_bias: torch.Tensor | None
+
+    @property
+    def head(self):
+        return self.grad_weight, self.grad_bias, self.weight, self.bias
+
+
+def gradients(inputs, labels, weight, bias, **loss):
+    leaves = [p.detach().clone().requires_grad_() for p in (weight, bias) if p is not None]
+    value = F.cross_entropy(
+        F.linear(inputs, leaves[0], leaves[1] if bias is not None else None), labels, **loss
+    )
+    grads = torch.autograd.grad(value, leaves)
+    return Batch(inputs, labels, weight, bias, grads[0], grads[1] if bias is not None else None)
+
+
+def make_batch(n, batch, *, d=192, seed=0, bias=True, bound=None, labels=None, slope=0.0, size=1.0, **loss):
+    """A head with PyTorch's initialisation (or uniform in +-bound) behind a (leaky) ReLU."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = d**-0.5 if bound is None else bound
+    weight = (torch.rand(n, d, generator=generator, dtype=torch.float64) * 2 - 1) * bound
+    offset = (torch.rand(n, generator=generator, dtype=torch.float64) * 2 - 1) * bound if bias else None
+    inputs = F.leaky_relu(torch.randn(batch, d, generator=generator, dtype=torch.float64), slope) * size
+    if labels is None:
+        labels = torch.randint(n, (batch,), generator=generator)
+    return gradients(inputs, torch.as_tensor(labels), weight, offset, **loss)
+
+
+def trained(batch, steps=300):
+    """The same batch after the head has learnt it for a while: a peaked softmax."""
+    weight, bias = batch.weight, batch.bias
+    for _ in range(steps):
+        now = gradients(batch.inputs, batch.labels, weight, bias)
+        weight, bias = weight - 0.05 * now.grad_weight, bias - 0.05 * now.grad_bias
+    return gradients(batch.inputs, batch.labels, weight, bias)
+
+
+def errors(result, batch):
+    """Relative error of each recovered sample, and which original it is."""
+    distance = (result.inputs[:, None] - batch.inputs[None]).norm(dim=2)
+    nearest = distance.argmin(1)
+    return distance.amin(1) / batch.inputs[nearest].norm(dim=1), nearest
+
+
+def assert_separated(result, batch, tolerance=1e-8):
+    assert result.complete, result.reason
+    assert result.batch_size == len(batch.inputs)
+    error, nearest = errors(result, batch)
+    assert sorted(nearest.tolist()) == list(range(len(batch.inputs)))
+    assert float(error.max()) < tolerance
+    assert torch.equal(result.labels, batch.labels[nearest])
+    assert (result.multiplicities == 1).all()
+    logits = F.linear(batch.inputs, batch.weight, batch.bias)
+    delta = (torch.softmax(logits, 1) - F.one_hot(batch.labels, logits.shape[1])) / len(logits)
+    torch.testing.assert_close(result.grad_logits, delta[nearest], rtol=0, atol=tolerance)
+
+
+def assert_nothing_wrong(result, batch, tolerance=1e-6):
+    """Every returned sample is one of the batch, with its label."""
+    if len(result.inputs):
+        error, nearest = errors(result, batch)
+        assert float(error.max()) < tolerance
+        assert torch.equal(result.labels, batch.labels[nearest])
+    if result.complete:
+        assert len(result.inputs) == len(batch.inputs)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8, 24, 48])
+def test_hundred_classes(batch_size, bias):
+    batch = make_batch(100, batch_size, bias=bias, seed=batch_size)
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+@pytest.mark.parametrize("batch_size", range(1, 9))
+def test_ten_classes(batch_size):
+    batch = make_batch(10, batch_size, seed=batch_size)
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+def test_ten_classes_without_bias_up_to_eight():
+    batch = make_batch(10, 8, bias=False, seed=0)
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+def test_two_hundred_classes_sixty_four_samples():
+    batch = make_batch(200, 64, d=512, seed=1)
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+@pytest.mark.slow
+def test_thousand_classes_sixty_four_samples():
+    batch = make_batch(1000, 64, d=2048, seed=1)
+    start = time.perf_counter()
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+    print(f"{time.perf_counter() - start:.1f} s")
+
+
+@pytest.mark.parametrize("labels", [[3] * 4, [3] * 6 + [5] * 6, [0, 0, 1, 1, 1, 2, 2, 9]], ids=str)
+def test_repeated_labels(labels):
+    batch = make_batch(100, len(labels), labels=labels, seed=4)
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3], ids=["tiny", "huge"])
+def test_scale_of_the_features_does_not_matter(size):
+    batch = make_batch(50, 6, seed=2, size=size, bound=0.07 / max(size, 1.0))
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2], ids=["relu", "leaky"])
+def test_peaked_softmax_of_a_wide_initialisation(slope):
+    batch = make_batch(100, 16, bound=0.5, seed=3, slope=slope)
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+def test_peaked_softmax_of_a_trained_head():
+    batch = trained(make_batch(100, 16, seed=5))
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 24])
+def test_float32_gradients(batch_size):
+    batch = make_batch(100, batch_size, seed=batch_size)
+    batch.grad_weight, batch.grad_bias = batch.grad_weight.float(), batch.grad_bias.float()
+    result = separate_softmax_batch(*batch.head)
+    assert result.inputs.dtype == torch.float32
+    assert_separated(_doubled(result), batch, tolerance=1e-5)
+
+
+def test_float32_training_loop():
+    """Weights, features and autograd in float32: the softmax itself is rounded."""
+    batch = make_batch(100, 8, seed=7)
+    low = gradients(batch.inputs.float(), batch.labels, batch.weight.float(), batch.bias.float())
+    result = _doubled(separate_softmax_batch(*low.head))
+    assert result.complete
+    assert_nothing_wrong(result, batch, tolerance=1e-4)
+
+
+def _doubled(result):
+    fields = dict(vars(result))
+    fields.update(
+        {k: v.double() for k, v in fields.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    )
+    return type(result)(**fields)
+
+
+def test_given_labels_and_batch_size():
+    batch = make_batch(60, 10, seed=8)
+    result = separate_softmax_batch(*batch.head, batch_size=10, labels=batch.labels.flip(0).tolist())
+    assert_separated(result, batch)
+
+
+def test_sum_reduction():
+    batch = make_batch(60, 10, seed=8, reduction="sum")
+    result = separate_softmax_batch(*batch.head, reduction="sum")
+    assert result.complete
+    assert_nothing_wrong(result, batch, 1e-10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_label_smoothing(batch_size):
+    batch = make_batch(60, batch_size, seed=9, label_smoothing=0.1)
+    result = separate_softmax_batch(*batch.head, label_smoothing=0.1)
+    assert result.complete
+    assert_nothing_wrong(result, batch, 1e-10)
+
+
+def test_wrong_label_smoothing_is_noticed():
+    batch = make_batch(60, 1, seed=9, label_smoothing=0.1)
+    assert not separate_softmax_batch(*batch.head).complete
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("given", [None, 8])
+def test_identical_samples_are_reported(given, bias):
+    single = make_batch(40, 5, d=64, seed=3, bias=bias)
+    index = torch.tensor([0, 1, 2, 3, 4, 0, 0, 1])
+    batch = gradients(single.inputs[index], single.labels[index], single.weight, single.bias)
+    result = separate_softmax_batch(*batch.head, batch_size=given)
+    assert result.complete, result.reason
+    assert result.batch_size == 8
+    assert result.rank == 5
+    error, nearest = errors(result, single)
+    assert float(error.max()) < 1e-9
+    assert torch.equal(result.multiplicities, torch.tensor([3, 2, 1, 1, 1])[nearest])
+    assert sorted(nearest[result.duplicates].tolist()) == [0, 1]
+
+
+def test_identical_inputs_with_two_labels_are_not_accepted():
+    single = make_batch(40, 3, d=64, seed=3)
+    inputs = single.inputs[[0, 0, 1, 2]]
+    batch = gradients(inputs, torch.tensor([4, 5, 6, 7]), single.weight, single.bias)
+    result = separate_softmax_batch(*batch.head)
+    assert not result.complete
+    assert result.reason
+    assert_nothing_wrong(result, batch)
+
+
+@pytest.mark.parametrize("batch_size", [9, 10, 12])
+def test_ten_classes_beyond_the_limit_is_honest(batch_size):
+    batch = make_batch(10, batch_size, seed=batch_size)
+    for given in (None, batch_size):
+        result = separate_softmax_batch(*batch.head, batch_size=given)
+        assert_nothing_wrong(result, batch)
+        assert result.complete or result.reason
+
+
+def test_wrong_weight_finds_nothing():
+    batch = make_batch(50, 5, seed=1)
+    other = make_batch(50, 5, seed=2)
+    result = separate_softmax_batch(batch.grad_weight, batch.grad_bias, other.weight, other.bias)
+    assert not result.complete
+    assert len(result.inputs) == 0
+
+
+def test_wrong_labels_find_nothing_wrong():
+    batch = make_batch(50, 4, seed=1)
+    wrong = (batch.labels + 1) % 50
+    result = separate_softmax_batch(*batch.head, labels=wrong)
+    assert not result.complete
+    assert_nothing_wrong(result, batch)
+
+
+def test_certificates_are_small_and_wrong_samples_have_none():
+    batch = make_batch(50, 5, seed=1)
+    result = separate_softmax_batch(*batch.head)
+    assert float(result.residuals.max()) < 1e-12
+    assert result.head_residual < 1e-12
+
+
+def test_disturbed_gradients_are_not_certified():
+    """Noise well above the rounding spoils the rank and every certificate."""
+    batch = make_batch(50, 5, seed=1)
+    noise = torch.randn(50, 192, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    batch.grad_weight = batch.grad_weight + 1e-3 * batch.grad_weight.abs().max() * noise
+    assert not separate_softmax_batch(*batch.head).complete
+
+
+def sweep_case(seed):
+    """A random head: classes, batch, width, initialisation, bias, labels and precision all vary."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    n = pick(3, 5, 10, 20, 50)
+    batch_size = int(torch.randint(1, min(n, 16) + 2, (1,), generator=generator))
+    labels = torch.randint(pick(1, 2, n), (batch_size,), generator=generator) if pick(True, False) else None
+    batch = make_batch(
+        n, batch_size, d=pick(32, 128), seed=seed, bias=pick(True, False), bound=pick(None, 0.5),
+        labels=labels, slope=pick(0.0, 0.2), size=pick(0.1, 1.0, 10.0),
+    )  # fmt: skip
+    precise = pick(True, True, False)
+    if not precise:
+        batch.grad_weight = batch.grad_weight.float().double()
+        batch.grad_bias = None if batch.grad_bias is None else batch.grad_bias.float().double()
+    return batch, precise
+
+
+def _sweep(seeds):
+    accepted = 0
+    for seed in seeds:
+        batch, precise = sweep_case(seed)
+        result = separate_softmax_batch(*batch.head)
+        assert_nothing_wrong(result, batch, 1e-6 if precise else 1e-2)
+        accepted += len(result.inputs)
+    return accepted
+
+
+def test_certificate_never_accepts_a_wrong_sample_in_twenty_random_heads():
+    assert _sweep(range(20)) > 40
+
+
+@pytest.mark.slow
+def test_certificate_never_accepts_a_wrong_sample_in_two_hundred_random_heads():
+    assert _sweep(range(200)) > 400
+
+
+def test_linear_input_uses_all_rows():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, generator=generator, dtype=torch.float64)
+    delta = torch.randn(20, generator=generator, dtype=torch.float64) * 1e-6
+    exact = torch.outer(delta, x)
+    torch.testing.assert_close(recover_linear_input(exact, delta), x, rtol=1e-13, atol=0)
+    noise = 1e-9 * torch.randn(20, 30, generator=generator, dtype=torch.float64)
+    error = (recover_linear_input(exact + noise, delta) - x).norm()
+    row = int(delta.abs().argmax())  # the best single row is worse than all rows together
+    assert error < ((exact + noise)[row] / delta[row] - x).norm()
+    tiny = recover_linear_input(exact * 1e-200, delta * 1e-200)  # |db|^2 would underflow
+    torch.testing.assert_close(tiny, x, rtol=1e-12, atol=0)
+
+
+def test_linear_input_keeps_the_dtype():
+    x = recover_linear_input(torch.ones(2, 3), torch.ones(2))
+    assert x.dtype == torch.float32
+    assert torch.equal(x, torch.ones(3))
+
+
+def test_single_sample_skips_the_search(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise AssertionError("the closed form was not used")
+
+    monkeypatch.setattr(head_module, "_separate", fail)
+    batch = make_batch(10, 1, seed=0)
+    assert_separated(separate_softmax_batch(*batch.head), batch, 1e-12)
+
+
+def test_rounding_is_read_off_the_values():
+    values = torch.rand(50, dtype=torch.float64)
+    assert rounding_of(values) == torch.finfo(torch.float64).eps
+    assert rounding_of(values.float().double()) == torch.finfo(torch.float32).eps
+    assert rounding_of(values.bfloat16().float(), None) == torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize(("rounding", "noise"), [(2.2e-16, 3e-16), (1.2e-7, 1e-7)])
+def test_rank_is_the_gap_above_the_rounding(rounding, noise):
+    values = torch.tensor([1.0, 0.5, 1e-2, 1e-4, noise, noise / 2, noise / 1000], dtype=torch.float64)
+    assert numerical_rank(values, (7, 20), rounding) == 4
+
+
+def test_global_random_state_is_left_alone():
+    batch = make_batch(20, 4, seed=0)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = separate_softmax_batch(*batch.head)
+    assert torch.equal(before, torch.get_rng_state())
+    second = separate_softmax_batch(*batch.head)
+    assert torch.equal(first.inputs, second.inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"grad_weight": torch.zeros(5, 7)}, ArgumentError, "grad_weight must not be zero"),
+        (
+            {"grad_weight": torch.full((5, 7), torch.nan)},
+            ArgumentError,
+            "grad_weight must be finite, got NaN",
+        ),
+        ({"grad_weight": torch.ones(5)}, ArgumentError, r"grad_weight must have shape \(n, d\)"),
+        ({"grad_weight": torch.ones(5, 7, dtype=torch.int64)}, ArgumentTypeError, "real floating type"),
+        ({"grad_bias": torch.ones(4)}, ArgumentError, r"grad_bias must have shape \(5,\), got \(4,\)"),
+        ({"weight": torch.ones(5, 8)}, ArgumentError, "weight must have grad_weight's shape"),
+        ({"bias": None}, ArgumentError, "bias must be given with grad_bias"),
+        ({"bias": torch.ones(4)}, ArgumentError, r"bias must have shape \(5,\)"),
+        ({"batch_size": 0}, ArgumentError, "batch_size must be at least 1, got 0"),
+        ({"labels": []}, ArgumentError, "labels must not be empty"),
+        ({"labels": [5]}, ArgumentError, r"labels must lie in \[0, 5\)"),
+        (
+            {"labels": [1, 2], "batch_size": 3},
+            ArgumentError,
+            "labels must have batch_size = 3 entries, got 2",
+        ),
+        ({"label_smoothing": 1.0}, ArgumentError, r"label_smoothing must lie in \[0, 1\)"),
+        ({"reduction": "none"}, ArgumentError, "reduction must be 'mean' or 'sum'"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_arguments(change, kind, message):
+    arguments = {
+        "grad_weight": torch.ones(5, 7), "grad_bias": torch.ones(5), "weight": torch.ones(5, 7), "bias": torch.ones(5),
+    }  # fmt: skip
+    arguments.update(change)
+    with pytest.raises(kind, match="^separate_softmax_batch: .*" + message):
+        separate_softmax_batch(**arguments)
+
+
+def test_zero_gradient_of_a_linear_layer():
+    with pytest.raises(ArgumentError, match="grad_bias must not be zero"):
+        recover_linear_input(torch.ones(2, 3), torch.zeros(2))
+
+
+@pytest.mark.cuda
+def test_gpu_gives_the_same_samples():
+    batch = make_batch(100, 24, seed=3)
+    result = separate_softmax_batch(*(t.cuda() for t in batch.head))
+    assert result.inputs.is_cuda
+    fields = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(result).items()}
+    assert_separated(type(result)(**fields), batch)

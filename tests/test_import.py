@@ -1,0 +1,83 @@
+"""Importing where something is missing: cupy, the compiled module, CUDA. Each in a fresh interpreter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from rconv_fast import backends
+from rconv_fast._build_info import build_info
+from rconv_fast.errors import BuildError
+
+
+def run(code: str, *blocked: str) -> str:
+    block = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+    command = [sys.executable, "-W", "error", "-c", block + textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_import_is_silent_without_cupy() -> None:
+    assert run("import rconv_fast, rconv_fast.ops, rconv_fast.sparse", "cupy", "cupyx") == ""
+
+
+def test_the_reference_stands_in_for_the_compiled_module() -> None:
+    output = run(
+        """
+        import warnings, torch
+        import rconv_fast.ops as ops
+        from rconv_fast import backends, reference
+        from rconv_fast._build_info import build_info
+        assert backends._CPU is reference
+        assert not build_info()["compiled"]
+        warnings.simplefilter("ignore", UserWarning)  # torch: sparse CSR is in beta
+        g = torch.arange(8.0).reshape(1, 2, 4)
+        print(ops.gradient_constraints(g, 4, 3, padding=1, drop_zeros=True).to_dense().sum().item())
+        w = torch.ones(2, 1, 3, requires_grad=True)
+        mask = torch.tensor([[True, False, False, True], [False, True, False, False]])
+        a = ops.weight_constraints(w, 4, padding=1, mask=mask)
+        a.values().sum().backward()
+        print(tuple(a.shape), a._nnz(), w.grad.flatten().tolist())
+        """,
+        "rconv_fast._core",
+    )
+    assert output.splitlines() == ["70.0", "(3, 4) 7 [1.0, 2.0, 1.0, 1.0, 1.0, 1.0]"]
+
+
+def test_a_gpu_tensor_on_a_build_without_cuda_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_CUDA", None)
+    with pytest.raises(BuildError, match=r"got a build without; .* -Ccmake.define.RCONV_CUDA=ON"):
+        backends.backend_for(torch.device("cuda"))
+    with pytest.raises(BuildError, match=r"must be on cpu or cuda, got xpu"):
+        backends.backend_for(torch.device("xpu"))
+
+
+def test_build_info_is_plain_and_complete() -> None:
+    info = build_info()
+    assert set(info) == {
+        "version", "python", "torch", "compiled", "openmp", "cuda", "cuda_toolkit", "cuda_architectures",
+        "torch_cuda", "cupy", "threads", "devices",
+    }  # fmt: skip
+    assert info["torch"] == torch.__version__
+
+
+def test_the_module_links_no_torch_and_no_cuda_library() -> None:
+    if backends._core is None or sys.platform != "linux":
+        pytest.skip("needs the compiled module on Linux")
+    # Loaded alone in a fresh process, by path, the module maps nothing of torch or CUDA.
+    output = run(
+        f"""
+        import importlib.util
+        spec = importlib.util.spec_from_file_location("_core", {backends._core.__file__!r})
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        print(*{{line.split("/")[-1] for line in open("/proc/self/maps").read().split() if ".so" in line}})
+        """
+    )
+    assert "gomp" in output or not backends._core.has_openmp
+    for library in ("torch", "cudart", "cublas", "cusparse", "cusolver"):
+        assert library not in output

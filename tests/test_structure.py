@@ -1,0 +1,161 @@
+"""The sparse structure, before any value: CSR invariants, index types, equality of all ways to build it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from layers import gradient_matrix, random_grad_output, random_mask, random_weight, weight_matrix
+from rconv_fast import reference
+from rconv_fast.backends import backend_for
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.layout import ConstraintLayout
+from rconv_fast.testing import assert_csr_valid, geometries, random_geometry
+
+CPU = torch.device("cpu")
+
+
+def layouts(geometry: ConvGeometry) -> tuple[ConstraintLayout, ConstraintLayout]:
+    return ConstraintLayout.of_gradient(geometry, 2), ConstraintLayout.of_weight(geometry)
+
+
+def assert_valid_everywhere(geometry: ConvGeometry, device: torch.device) -> None:
+    grad_output = random_grad_output(geometry, device=device)
+    weight, mask = random_weight(geometry, device=device), random_mask(geometry, device=device)
+    for matrix, n_rows in (
+        (gradient_matrix(geometry, grad_output), geometry.out_channels * geometry.n_taps),
+        (
+            gradient_matrix(geometry, grad_output.relu(), drop_zeros=True),
+            geometry.out_channels * geometry.n_taps,
+        ),
+        (weight_matrix(geometry, weight), geometry.out_channels * geometry.n_output),
+        (weight_matrix(geometry, weight, mask=mask), int(mask.sum())),
+    ):
+        assert_csr_valid(matrix)
+        assert matrix.shape[0] == n_rows
+        assert matrix.crow_indices().dtype == torch.int32
+        assert matrix.device.type == device.type
+
+
+def test_csr_is_valid(geometry: ConvGeometry, device: torch.device) -> None:
+    assert_valid_everywhere(geometry, device)
+
+
+@settings(max_examples=25, deadline=None)
+@given(geometries())
+def test_csr_is_valid_on_random_geometries(geometry: ConvGeometry) -> None:
+    assert_valid_everywhere(geometry, CPU)
+
+
+def assert_kernels_equal_reference(layout: ConstraintLayout, device: torch.device) -> None:
+    backend = backend_for(device)
+    start = backend.offsets(layout, device)
+    assert torch.equal(start.cpu(), reference.offsets(layout, CPU))
+    assert torch.equal(
+        backend.columns(start, layout.nnz, layout).cpu(), reference.columns(start.cpu(), layout.nnz, layout)
+    )
+    source = torch.randn(layout.n_source, device=device).relu()
+    values = backend.values(source, start, layout.nnz, layout)
+    assert torch.equal(values.cpu(), reference.values(source.cpu(), start.cpu(), layout.nnz, layout))
+    expected = reference.nonzero_pattern(source.cpu(), layout)
+    for ours, theirs in zip(backend.nonzero_pattern(source, layout), expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours.cpu(), theirs)
+
+
+def test_kernels_equal_reference(geometry: ConvGeometry, device: torch.device) -> None:
+    for layout in layouts(geometry):
+        assert_kernels_equal_reference(layout, device)
+
+
+@pytest.mark.slow
+def test_kernels_equal_reference_on_200_random_geometries(device: torch.device) -> None:
+    generator = random.Random(1)
+    for _ in range(200):
+        for layout in layouts(random_geometry(generator)):
+            assert_kernels_equal_reference(layout, device)
+
+
+def test_wide_indices_equal_narrow_ones(geometry: ConvGeometry, device: torch.device) -> None:
+    for narrow in layouts(geometry):
+        wide = ConstraintLayout.from_numbers(narrow.numbers)
+        object.__setattr__(wide, "index_dtype", torch.int64)  # a matrix that needs it would not fit here
+        backend, source = backend_for(device), torch.randn(narrow.n_source, device=device).relu()
+        start, start_wide = backend.offsets(narrow, device), backend.offsets(wide, device)
+        assert start_wide.dtype == torch.int64
+        assert torch.equal(start, start_wide)
+        columns = (backend.columns(s, narrow.nnz, narrow) for s in (start, start_wide))
+        values = (backend.values(source, s, narrow.nnz, narrow) for s in (start, start_wide))
+        assert torch.equal(*columns)
+        assert torch.equal(*values)
+        sums = (
+            backend.sum_values(torch.ones(narrow.nnz, device=device), s, narrow) for s in (start, start_wide)
+        )
+        assert torch.equal(*sums)
+        for a, b in zip(
+            backend.nonzero_pattern(source, narrow), backend.nonzero_pattern(source, wide), strict=True
+        ):
+            assert b.dtype == torch.int64
+            assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+def test_cuda_equals_cpu_bit_for_bit(geometry: ConvGeometry) -> None:
+    for layout in layouts(geometry):
+        values, source = torch.randn(layout.nnz), torch.randn(layout.n_source)
+        on = {}
+        for device in (CPU, torch.device("cuda")):
+            backend = backend_for(device)
+            start = backend.offsets(layout, device)
+            on[device.type] = (
+                start,
+                backend.columns(start, layout.nnz, layout),
+                backend.values(source.to(device), start, layout.nnz, layout),
+                backend.sum_values(values.to(device), start, layout),
+            )
+        for a, b in zip(on["cpu"], on["cuda"], strict=True):
+            assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.parametrize("n_threads", [2, 3, 7])
+def test_threads_do_not_change_a_bit(n_threads: int) -> None:
+    # Large enough that the kernels do use several threads.
+    geometry = ConvGeometry.create("test", 3, 10, (40, 40), 5, padding=2)
+    grad_output, weight = random_grad_output(geometry, 1), random_weight(geometry)
+    mask, before = random_mask(geometry), torch.get_num_threads()
+    try:
+        built = []
+        for n in (1, n_threads):
+            torch.set_num_threads(n)
+            w = weight.clone().requires_grad_()
+            full = weight_matrix(geometry, w)
+            (gradient,) = torch.autograd.grad(full.values().sin().sum(), w)
+            matrices = [
+                gradient_matrix(geometry, grad_output),
+                gradient_matrix(geometry, grad_output.relu(), drop_zeros=True),
+                full.detach(),
+                weight_matrix(geometry, weight, mask=mask),
+            ]
+            built.append(
+                [
+                    gradient,
+                    *(part for m in matrices for part in (m.crow_indices(), m.col_indices(), m.values())),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert built[0][3].numel() > 2**18
+    for one, many in zip(*built, strict=True):
+        assert torch.equal(one, many)
+
+
+def test_outputs_share_no_memory_with_later_ones(geometry: ConvGeometry) -> None:
+    grad_output = random_grad_output(geometry)
+    first = gradient_matrix(geometry, grad_output)
+    expected = first.to_dense()
+    for part in (first.crow_indices(), first.col_indices(), first.values()):
+        part.zero_()
+    assert torch.equal(gradient_matrix(geometry, grad_output).to_dense(), expected)
