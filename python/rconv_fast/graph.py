@@ -60,8 +60,8 @@ class _Tracer(fx.Tracer):
             return True
         return any(
             base.__module__.startswith("torch.nn") and type(m).forward is base.forward
-            for base in type(m).__mro__[1:]
-            if base is not nn.Module and not issubclass(base, (nn.Sequential, nn.ModuleList))
+            for base in type(m).__mro__[1:-1]
+            if issubclass(base, nn.Module) and base not in (nn.Module, nn.Sequential, nn.ModuleList)
         )
 
 

@@ -698,7 +698,9 @@ def _label_hypotheses(
         if rest is not None:  # k_y = sum softmax_y - db_y / w > -db_y / w
             lower = torch.ceil(-rest / head.sample_weight - 1e-6).clamp_min(0).long().cpu()
         estimate = _estimated_counts(head, factors, rest).cpu()
-        limit = max(1, min(_HYPOTHESES, 16 * budget // 4))
+        limit = max(1, min(_HYPOTHESES, 4 * budget))
+        if r > n - 2:  # at the very limit the equations are too stiff for many tries to pay
+            limit = min(limit, _HYPOTHESES // 4)
         rows = [
             torch.repeat_interleave(torch.arange(n), torch.tensor(counts)).to(device)
             for counts in count_hypotheses(estimate, lower, r, limit)

@@ -18,6 +18,9 @@ from rconv_fast.head_roots import RootSystem, targets_of
 
 # The normal matrix has (B k)^2 entries and a handful of copies; beyond this many unknowns it is refused.
 MAX_UNKNOWNS = 8192
+# Every so many iterations, hypotheses whose squared residual fell by less than this factor are given up.
+_COMPACT_EVERY = 10
+_PROGRESS = 0.99
 # A count moves only among the classes that are the cheapest to change.
 _WIDTH = 12
 
@@ -111,6 +114,22 @@ class _State:
     pairing: Tensor  # [h, r, r]
     cost: Tensor  # [h]
 
+    def where(self, accept: Tensor, other: _State) -> _State:
+        """Take `other` where `accept` is set."""
+        fields = {}
+        for name, mine in vars(self).items():
+            mask = accept.reshape(-1, *([1] * (mine.ndim - 1)))
+            fields[name] = torch.where(mask, getattr(other, name), mine)
+        return _State(**fields)
+
+    def take(self, index: Tensor) -> _State:
+        """Keep the hypotheses at `index`."""
+        return _State(**{name: value[index] for name, value in vars(self).items()})
+
+    def put(self, index: Tensor, other: _State) -> _State:
+        """Write `other` to the hypotheses at `index`."""
+        return _State(**{name: v.index_copy(0, index, getattr(other, name)) for name, v in vars(self).items()})
+
 
 def _evaluate(system: RootSystem, target: Tensor, weight: float, z: Tensor) -> _State:
     softmax = torch.softmax(system.base + z @ system.g.mT, -1)
@@ -193,15 +212,23 @@ def solve_joint(
     n = system.u.shape[0]
     dtype = start.dtype
     target = targets_of(labels.reshape(-1), n, label_smoothing, dtype).reshape(h, r, n)
+    active = torch.arange(h, device=start.device)
     state = _evaluate(system, target, weight, start)
     damping = torch.full((h,), 1e-2, dtype=dtype, device=start.device)
+    best, before = state, state.cost
     for iteration in range(iterations):
         trial = _evaluate(system, target, weight, state.z + _step(system, state, weight, damping))
         better = trial.cost < state.cost
-        for name, mine in vars(state).items():
-            mask = better.reshape(-1, *([1] * (mine.ndim - 1)))
-            setattr(state, name, torch.where(mask, getattr(trial, name), mine))
+        state = state.where(better, trial)
         damping = (damping * torch.where(better, 0.2, 4.0)).clamp(1e-15, 1e8)
-        if iteration % 5 == 4 and bool((state.cost.min() < tolerance**2) | (damping.min() >= 1e8)):
-            break  # synchronises
-    return JointSolution(state.p, state.q, labels, state.cost.sqrt())
+        if iteration % _COMPACT_EVERY == _COMPACT_EVERY - 1:
+            best = best.put(active, state)
+            # synchronises: one solved hypothesis is enough; those that no longer move leave the batch
+            moving = (damping < 1e8) & (state.cost < _PROGRESS * before)
+            keep = moving.nonzero()[:, 0]
+            if bool(state.cost.min() < tolerance**2) or len(keep) == 0:
+                break
+            active, state, damping, target = active[keep], state.take(keep), damping[keep], target[keep]
+            before = state.cost
+    best = best.put(active, state)
+    return JointSolution(best.p, best.q, labels, best.cost.sqrt())

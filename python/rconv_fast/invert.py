@@ -18,6 +18,7 @@ from rconv_fast.heads import HeadCandidate, head_candidates
 from rconv_fast.layers.rules import ActivationRule
 from rconv_fast.polish import polish
 from rconv_fast.progress import progress_callback
+from rconv_fast.solve import PRIORS
 from rconv_fast.walk import Event, LayerReport, Walk
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -27,18 +28,18 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 # A gradient match below this many units of the gradients' own rounding certifies a reconstruction: 1e-6 with
-# float32 gradients. Float64 gradients leave the room that an ill-conditioned layer needs: 1e-10.
-VERIFIED_ROUNDINGS = {"float32": 8.0, "float64": 4.5e5}
+# float32 gradients. Float64 gradients leave the room that an ill-conditioned layer needs: 1e-9.
+VERIFIED_ROUNDINGS = {"float32": 8.0, "float64": 4.5e6}
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """What the gradients give away.
+    r"""What the gradients give away.
 
     Attributes
     ----------
     inputs : Tensor
-        Recovered inputs (B, \\*input_shape).
+        Recovered inputs (B, \*input_shape).
     labels : Tensor
         Their labels (targets for regression), (B, ...).
     layers : list of LayerReport
@@ -48,7 +49,7 @@ class Inversion:
     verified : bool
         The gradients match to their own precision and the equations determine every value.
     determined : Tensor
-        Bool (B, \\*input_shape): is this value fixed by the equations.
+        Bool (B, \*input_shape): is this value fixed by the equations.
     certificates : Tensor
         Per sample, the residual of its label certificate in the head, (B,).
     notes : list of str
@@ -99,7 +100,7 @@ def invert(
     Parameters
     ----------
     model : nn.Module
-        The model the gradients were computed with, parameters and mode as they were then. It is left untouched.
+        What the gradients were computed with, parameters and mode as they were then. It is left untouched.
     gradients : mapping from parameter name to Tensor, or sequence in ``model.parameters()`` order
         Gradients of the loss, averaged over the batch.
     input_shape : sequence of int
@@ -156,17 +157,17 @@ def _attempt(
     prior: str | None,
     report: Callable[[Event], None],
 ) -> Inversion:
-    """The recursion from one reading of the head; a second pass where the first one's forward run corrects it."""
+    """The recursion from one reading of the head; further passes where the forward run corrects the first."""
     graph = build_graph(model, gradients, shape, len(head.grad_logits))
-    walk = Walk(graph, precision, report)
+    walk = Walk(graph, precision, report, prior)
     inputs = walk.run(head.grad_logits, head.inputs)
     residual = gradient_residual(model, gradients, inputs, head.labels, loss)
     bar = tolerance(precision)
     for _ in range(MAX_PASSES):
-        if residual <= bar or residual > HOPELESS:
+        if residual <= bar or residual > HOPELESS or _only_input_open(walk):
             break
         report(Event("input", "second pass with the activations of the forward run", residual=residual))
-        again = Walk(graph, precision, report, patterns=forward_activations(graph, inputs))
+        again = Walk(graph, precision, report, prior, patterns=forward_activations(graph, inputs))
         inputs_again = again.run(head.grad_logits, head.inputs)
         residual_again = gradient_residual(model, gradients, inputs_again, head.labels, loss)
         if not residual_again < residual:
@@ -175,7 +176,8 @@ def _attempt(
         walk, inputs, residual = again, inputs_again, residual_again
         if stalled:
             break
-    if bar < residual < POLISH_FROM and len(head.labels) * math.prod(shape) <= POLISH_UP_TO:
+    small = len(head.labels) * math.prod(shape) <= POLISH_UP_TO
+    if bar < residual < POLISH_FROM and small and not _only_input_open(walk):
         report(Event("input", "polish by gradient matching", residual=residual))
         polished = polish(model, gradients, inputs, head.labels, LOSSES[loss], bar / 3)
         residual_polished = gradient_residual(model, gradients, polished, head.labels, loss)
@@ -192,6 +194,13 @@ CONTRADICTION = 1e-3
 MAX_PASSES = 6
 # An answer this far off shows activations of something else.
 HOPELESS = 0.5
+
+
+def _only_input_open(walk: Walk) -> bool:
+    """Everything but the network's input is determined: a forward run of it teaches nothing new."""
+    fixed = {name: bool(determined.all()) for name, determined in walk.determined.items()}
+    consistent = all(report.residual <= CONTRADICTION for report in walk.reports.values())
+    return not fixed.pop(walk.graph.input, True) and all(fixed.values()) and consistent
 
 
 def _conclude(walk: Walk, inputs: Tensor, head: HeadCandidate, residual: float, bar: float) -> Inversion:
@@ -214,7 +223,8 @@ def _conclude(walk: Walk, inputs: Tensor, head: HeadCandidate, residual: float, 
         worst = max(contradicted, key=lambda r: r.residual)
         notes.append(f"the equations of {worst.name} contradict each other (residual {worst.residual:.1e})")
     if not bool(determined.all()):
-        notes.append("values that are not determined are the minimum-norm choice")
+        choice = "minimum-norm choice" if walk.prior is None else f"choice of the prior {walk.prior!r}"
+        notes.append(f"values that are not determined are the {choice}")
     return Inversion(
         inputs=inputs,
         labels=head.labels,
@@ -276,9 +286,6 @@ def _check_arguments(
     require(prior in PRIORS, "invert", "prior", f"be one of {PRIORS}", repr(prior))
     require(batch_size is None or batch_size >= 1, "invert", "batch_size", "be at least 1", batch_size)
     return shape
-
-
-PRIORS = (None, "box", "nonnegative", "tv")
 
 
 def _named_gradients(

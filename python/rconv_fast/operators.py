@@ -21,17 +21,18 @@ from rconv_fast.geometry import ConvGeometry
 
 
 def apply_weight(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tensor:
-    """``A x``: x (B, C, \\*in), weight (F, C/groups, \\*K) -> (B, F, \\*out)."""
+    r"""``A x``: x (B, C, \*in), weight (F, C/groups, \*K) -> (B, F, \*out)."""
     if _is_linear(geometry):
         return (x.flatten(1) @ weight.flatten(1).mT).reshape(len(x), -1, 1)
     zeros = [0] * geometry.ndim
-    return torch.ops.aten.convolution(
+    product: Tensor = torch.ops.aten.convolution(
         x, weight, None, geometry.stride, geometry.padding, geometry.dilation, False, zeros, geometry.groups
     )
+    return product
 
 
 def apply_weight_adjoint(geometry: ConvGeometry, y: Tensor, weight: Tensor) -> Tensor:
-    """``A^T y`` (and ``B^T y`` with g for y, y for weight): (B, F, \\*out) -> (B, C, \\*in)."""
+    r"""``A^T y`` (and ``B^T y`` with g for y, y for weight): (B, F, \*out) -> (B, C, \*in)."""
     if _is_linear(geometry):
         return (y.flatten(1) @ weight.flatten(1)).reshape(len(y), -1, 1)
     like = y.new_empty(1).expand(len(y), geometry.in_channels, *geometry.input_size)
@@ -39,7 +40,7 @@ def apply_weight_adjoint(geometry: ConvGeometry, y: Tensor, weight: Tensor) -> T
 
 
 def apply_gradient(geometry: ConvGeometry, x: Tensor, grad_output: Tensor) -> Tensor:
-    """``B x``: x (B, C, \\*in), grad_output (B, F, \\*out) -> (F, C/groups, \\*K)."""
+    r"""``B x``: x (B, C, \*in), grad_output (B, F, \*out) -> (F, C/groups, \*K)."""
     if _is_linear(geometry):
         return (grad_output.flatten(1).mT @ x.flatten(1)).unsqueeze(-1)
     shape = (geometry.out_channels, geometry.in_channels // geometry.groups, *geometry.kernel_size)
@@ -51,7 +52,7 @@ def _convolution_backward(
 ) -> Tensor:
     """One of the gradients of a convolution: in the input (`which` 0) or in the weight (1)."""
     mask = [which == 0, which == 1, False]
-    gradients = torch.ops.aten.convolution_backward(
+    gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
         grad_output,
         x,
         weight,

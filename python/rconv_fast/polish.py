@@ -1,8 +1,9 @@
 """Gradient matching from the analytic answer: a few Gauss-Newton steps on all gradients at once.
 
-The recursion uses each equation once, layer by layer, so rounding in the last layers is carried to the first. The
-full least-squares problem ``min_x sum_p ||dL/dp(x) - g_p||^2 / ||g_p||^2`` has the same solution and averages the
-rounding over all equations (COPA's successor polishes a layer-wise answer the same way, arXiv 2210.13231).
+The recursion uses each equation once, layer by layer, so rounding in the last layers is carried to the first.
+The full least-squares problem ``min_x sum_p ||dL/dp(x) - g_p||^2 / ||g_p||^2`` has the same solution and
+averages the rounding over all equations (COPA's successor polishes a layer-wise answer the same way, arXiv
+2210.13231).
 """
 
 from __future__ import annotations
@@ -70,15 +71,15 @@ def polish(
 
 
 def _gauss_newton_step(residual: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> Tensor:
-    """``min_d ||J d + r||`` by CGLS, J the Jacobian of the residual (products by forward and reverse mode)."""
-    r0, transpose = torch.func.vjp(residual, x)
+    """``min_d ||J d + r||`` by CGLS, J the residual's Jacobian (products by forward and reverse mode)."""
+    r0, transpose = torch.func.vjp(residual, x)[:2]
     r = [-part for part in r0]
     step = torch.zeros_like(x)
     (s,) = transpose(tuple(r))
     p, gamma = s, float(s.square().sum())
     start = gamma
     for _ in range(INNER_ITERATIONS):
-        _, q = torch.func.jvp(residual, (x,), (p,))
+        q = torch.func.jvp(residual, (x,), (p,))[1]
         curvature = sum(float(part.square().sum()) for part in q)
         if not curvature > 0:
             break

@@ -15,4 +15,4 @@ def progress_callback(progress: bool | Callback) -> Iterator[Callback]:
     if callable(progress):
         yield progress
     else:
-        yield lambda event: None
+        yield lambda _: None

@@ -17,16 +17,16 @@ FUNCTION = "recover_conv_input"
 
 @dataclass(frozen=True)
 class ConvRecovery:
-    """The recovered input of one convolution.
+    r"""The recovered input of one convolution.
 
     Attributes
     ----------
     input : Tensor
-        (B, C, \\*in), in the dtype and on the device of `grad_output`; minimum norm where it is not determined.
+        (B, C, \*in), in the dtype and on the device of `grad_output`; minimum norm where not determined.
     rank, unknowns, rows : int
         Numerical rank of the layer's system (a bound where it was not computed), its unknowns and equations.
     determined : Tensor
-        Bool (B, C, \\*in): is this value fixed by the constraints.
+        Bool (B, C, \*in): is this value fixed by the constraints.
     residual : float
         Relative residual of the equations.
     condition : float
@@ -68,11 +68,11 @@ def recover_conv_input(
     rtol: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> ConvRecovery:
-    """Solve a convolution's gradient constraints (and weight constraints, where outputs are known) for its input.
+    r"""Solve a convolution's gradient constraints, and weight constraints of known outputs, for its input.
 
     The gradient constraints alone fall apart into stride phases, each solved directly with all channels as
-    right-hand sides; they suffice where ``F * n_k >= B * n_pixels`` in every phase. With `weight` and `output`
-    the weight constraints join in.
+    right-hand sides; they suffice where ``F * n_k >= B * n_pixels`` in every phase. With `weight` and
+    `output` the weight constraints join in.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The recursion of R-CONV: last layer first, each step's input from its output, its gradient and its equations."""
+"""The recursion of R-CONV, last layer first: each input from its layer's output, gradient and equations."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rconv_fast.errors import UnsupportedModelError
 from rconv_fast.graph import Graph, Step
+from rconv_fast.layers.bounds import flat_rows
 from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.rules import (
     ActivationRule,
@@ -23,7 +24,7 @@ from rconv_fast.layers.rules import (
     linear_map_rows,
 )
 from rconv_fast.layers.snap import THRESHOLD_FACTOR, snap
-from rconv_fast.solve import PointRows, Rows, Solution, System, solve
+from rconv_fast.solve import PointRows, Rows, Solution, System, apply_prior, solve
 
 # Thresholds tried, in units of the noise, when a layer's equations contradict the first choice.
 RETRY_FACTORS = (1.0, 30.0, 0.1, 300.0)
@@ -31,7 +32,7 @@ RETRY_FACTORS = (1.0, 30.0, 0.1, 300.0)
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer's input was found: counts, numerical rank, condition, relative residual, solver, seconds."""
+    """How one layer's input was found: counts, rank, condition, relative residual, solver, seconds."""
 
     name: str
     kind: str
@@ -68,13 +69,16 @@ class Walk:
         Relative rounding of the shared gradients.
     values, grads : dict
         Recovered tensors and their gradients, by step.
+    prior : {None, "box", "nonnegative", "tv"}
+        Which solution to prefer for the network's input where the equations leave it open.
     patterns : dict
         Activations of a forward pass of an earlier answer; where given, they decide the sides of the kinks.
     """
 
     graph: Graph
     precision: float
-    progress: Callable[[Event], None] = lambda event: None
+    progress: Callable[[Event], None] = lambda _: None
+    prior: str | None = None
     patterns: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     grads: dict[str, Tensor] = field(default_factory=dict)
@@ -83,7 +87,7 @@ class Walk:
     reports: dict[str, LayerReport] = field(default_factory=dict)
 
     def run(self, grad_logits: Tensor, head_input: Tensor | None = None) -> Tensor:
-        """Recover the input (B, \\*input_shape) from ``dL/dlogits`` (and the head's input where it is known).
+        r"""Recover the input (B, \*input_shape) from ``dL/dlogits`` (and the head's input where it is known).
 
         Raises
         ------
@@ -120,13 +124,13 @@ class Walk:
             self._snap(step)
 
     def _gradient_covered(self, step: Step, known: Knowledge) -> bool:
-        """An activation may stay open where no gradient passes: nothing in front of it depends on those values."""
+        """Whether only values that pass no gradient are open: no layer in front of an activation needs them."""
         if not isinstance(step.rule, ActivationRule):
             return False
         return not bool(self.grads[step.name][known.weight == 0].any())
 
     def _must_solve(self, step: Step) -> bool:
-        """Inputs of convolutions and the network's input are solved for; other tensors only follow from those."""
+        """Whether to solve: for inputs of convolutions and the network's; other tensors follow from those."""
         consumers = [self.graph.steps[name].rule for name, _ in self.graph.consumers[step.name]]
         return step.name == self.graph.input or any(isinstance(rule, ConvRule) for rule in consumers)
 
@@ -220,6 +224,10 @@ class Walk:
         chosen = self._threshold_step(step)
         if best.residual > bar and best.converged and best.rows > best.unknowns and chosen is not None:
             best = self._retry(step, chosen, best, bar, label)
+        if self.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
+            self.progress(Event(label, f"prior {self.prior}"))
+            inequalities = flat_rows(self.graph, self.values, step.name)
+            best = apply_prior(self._system(step, rows, known), best, self.prior, inequalities)
         shape = step.shape
         self.values[step.name] = best.x.reshape(shape)
         self.determined[step.name] = best.determined.reshape(shape)
@@ -236,14 +244,18 @@ class Walk:
             best.iterations,
         )
 
-    def _solve_once(self, step: Step, rows: list[Rows], known: Knowledge | None, label: str) -> Solution:
+    def _system(self, step: Step, rows: list[Rows], known: Knowledge | None) -> System:
+        """All equations of a step's values."""
         shape = torch.Size((step.shape[0], step.shape[1], *(step.shape[2:] or (1,))))
         if known is not None and bool((known.weight > 0).any()):
             rows = [*rows, PointRows.create(known.value.reshape(shape), known.weight.reshape(shape))]
         support = step.rule.support if isinstance(step.rule, RearrangeRule) else None
         support = None if support is None or bool(support.all()) else support.reshape(shape)
+        return System(shape, tuple(rows), support)
+
+    def _solve_once(self, step: Step, rows: list[Rows], known: Knowledge | None, label: str) -> Solution:
         return solve(
-            System(shape, tuple(rows), support),
+            self._system(step, rows, known),
             rtol=max(1e-15, 1e-3 * self.precision),
             progress=lambda i, r: self.progress(Event(label, "solve", i, None, r)),
         )

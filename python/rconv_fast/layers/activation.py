@@ -33,7 +33,7 @@ class Activation:
     kinks : tuple of float
         Outputs at which the derivative jumps.
     flats : tuple of float
-        Outputs that whole ranges of ``o`` map to (0 for ReLU): there ``o`` is unknown and the derivative is 0.
+        Outputs that whole ranges of ``o`` map to (0 for ReLU): ``o`` is unknown there, the derivative 0.
     """
 
     name: str
@@ -217,7 +217,7 @@ def of_module(module: nn.Module) -> Activation | None:
     return None
 
 
-# Functional forms: the arguments after the tensor, with torch's names and defaults, build the same activation.
+# Functional forms: the arguments after the tensor, by torch's names and defaults, build the same activation.
 FUNCTIONS: dict[str, Callable[..., Activation]] = {
     "relu": lambda inplace=False: relu(),
     "relu_": relu,

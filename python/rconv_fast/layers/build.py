@@ -83,7 +83,7 @@ WHY_NOT = {
 
 @dataclass(frozen=True)
 class Call:
-    """One layer as the graph met it: its operands (example tensors), a function of them, and its gradients."""
+    """One layer as the graph met it: operands (example tensors), a function of them, and its gradients."""
 
     operands: Sequence[Tensor]
     forward: Callable[..., Tensor]
@@ -205,17 +205,15 @@ def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[st
     if name in IDENTITY_CALLS or (name == "dropout" and not kwargs.get("training", args[2:3] == (True,))):
         return None
     if name in SUM_CALLS and len(call.operands) == 2:
-        return _sum_rule(name, call, kwargs)
+        return _sum_rule(name, kwargs)
     if name in SUM_CALLS | SCALE_CALLS and len(call.operands) == 1:
         return _affine_rule(name, call)
     if name in REARRANGE_CALLS or (name == "interpolate" and kwargs.get("mode", "nearest") == "nearest"):
         return RearrangeRule.create(name, call.forward, call.operands)
     if name == "pad":
-        mode, value = (
-            kwargs.get("mode", (args + (None,) * 4)[2]),
-            kwargs.get("value", (args + (None,) * 4)[3]),
-        )
-        if mode in (None, "constant") and value not in (None, 0, 0.0):
+        bound = _bind(args, kwargs, pad=None, mode="constant", value=None)
+        mode, value = bound["mode"], bound["value"]
+        if mode == "constant" and value not in (None, 0):
             return UnsupportedRule(name, f"padding with the constant {value}")
         return RearrangeRule.create(name, call.forward, call.operands)
     if name in AVERAGE_CALLS:
@@ -240,7 +238,7 @@ def _bind(args: Sequence[Any], kwargs: Mapping[str, Any], **defaults: Any) -> di
     return {**defaults, **given, **{k: v for k, v in kwargs.items() if k in defaults}}
 
 
-def _sum_rule(name: str, call: Call, kwargs: Mapping[str, Any]) -> Rule:
+def _sum_rule(name: str, kwargs: Mapping[str, Any]) -> Rule:
     """A residual addition ``x_0 +- x_1``."""
     if kwargs.get("alpha", 1) != 1:
         return UnsupportedRule(name, "an addition with alpha")
@@ -257,7 +255,7 @@ def _affine_rule(name: str, call: Call) -> Rule:
 
 
 def split_padding(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The padding of a convolution module where it isn't plain symmetric zeros: to be done as a layer before it."""
+    """The padding of a convolution module where it isn't symmetric zeros: to be done as a layer before it."""
     if not isinstance(module, CONVOLUTIONS):
         return None
     if module.padding_mode == "zeros" and not isinstance(module.padding, str):

@@ -10,8 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Knowledge:
-    """Values (B, ...) and how well each is known: 0 not at all, 1 as well as the layer behind, less where
-    inverting an activation amplified the noise.
+    """Values (B, ...) and how well each is known.
+
+    The weight is 0 where nothing is known, 1 as well as the layer behind, less where inverting an activation
+    amplified the noise.
     """
 
     value: Tensor

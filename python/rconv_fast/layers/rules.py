@@ -34,7 +34,7 @@ class Rule:
     needs_output: ClassVar[bool] = False
 
     def pull_gradient(self, grad: Tensor, y: Tensor | None, operand: int, shape: torch.Size) -> Tensor:
-        """``dL/dx`` of one operand of the given shape, from ``dL/dy`` and the output y (where `needs_output`)."""
+        """``dL/dx`` of one operand of the given shape, from ``dL/dy`` (and y where `needs_output`)."""
         raise NotImplementedError
 
     def pull_value(self, y: Knowledge, operand: int, x: Operands) -> Knowledge | None:
@@ -66,7 +66,7 @@ class ConvRule(Rule):
     grad_bias: Tensor | None
 
     def _as_output(self, y: Tensor) -> Tensor:
-        """(B, F, \\*out), also for a fully connected layer's (B, F)."""
+        r"""(B, F, \*out), also for a fully connected layer's (B, F)."""
         return y.reshape(len(y), self.geometry.out_channels, *self.geometry.out_size)
 
     def pull_gradient(self, grad: Tensor, y: Tensor | None, operand: int, shape: torch.Size) -> Tensor:
@@ -108,7 +108,7 @@ class ActivationRule(Rule):
         return grad * self.activation.derivative(y)
 
     def pull_value(self, y: Knowledge, operand: int, x: Operands) -> Knowledge:
-        """``o`` where the derivative is not 0; an error in a is amplified by ``1/A'``, so the weight is ``A'``."""
+        """``o`` where the derivative is not 0; its error is a's times ``1/A'``: the weight is ``A'``."""
         slope = self.activation.derivative(y.value)
         weight = torch.where(slope > MIN_DERIVATIVE, slope.clamp_max(1.0), 0.0) * y.weight
         value = torch.where(weight > 0, self.activation.inverse(y.value), 0.0)
@@ -202,7 +202,7 @@ class RearrangeRule(Rule):
 
 @dataclass(frozen=True)
 class AverageRule(Rule):
-    """A linear map with non-negative entries that cannot be inverted value by value: average pooling, a mean."""
+    """A linear map, no entry negative, that cannot be inverted value by value: average pooling, a mean."""
 
     kind: str
     forward: Forward

@@ -21,13 +21,13 @@ from rconv_fast.layers.activation import Activation
 
 # The noise of the negative values bounds that of the positive ones up to chance; a factor of three covers it.
 THRESHOLD_FACTOR = 3.0
-# Units tried, alone and in pairs, to explain the bias gradient a filter misses: those closest to the threshold.
+# Units tried, alone and in pairs, to explain the bias gradient a filter misses: the closest to the threshold.
 CANDIDATES = 48
 
 
 @dataclass(frozen=True)
 class Snapped:
-    """Cleaned activations, the threshold used, and the largest relative mismatch of a bias gradient (or None)."""
+    """Cleaned activations, the threshold, the largest relative mismatch of a bias gradient (or None)."""
 
     value: Tensor
     threshold: float

@@ -5,10 +5,12 @@ from __future__ import annotations
 from rconv_fast.solve.hybrid import solve_hybrid
 from rconv_fast.solve.krylov import Progress
 from rconv_fast.solve.phases import count_phases, solve_by_phases
+from rconv_fast.solve.prior import PRIORS, apply_prior
 from rconv_fast.solve.rows import GradientRows, MapRows, PointRows, Rows, System, WeightRows
 from rconv_fast.solve.solution import Solution
 
 __all__ = [
+    "PRIORS",
     "SOLVERS",
     "GradientRows",
     "MapRows",
@@ -17,12 +19,13 @@ __all__ = [
     "Solution",
     "System",
     "WeightRows",
+    "apply_prior",
     "solve",
 ]
 
 
 SOLVERS = ("auto", "direct", "hybrid")
-# Gradient rows worse conditioned than this amplify rounding; the weight rows then take part where there are any.
+# Gradient rows worse conditioned than this amplify rounding; weight rows then take part where there are any.
 MAX_DIRECT_CONDITION = 3e4
 
 
@@ -31,8 +34,9 @@ def solve(
 ) -> Solution:
     """Solve all rows of one layer input.
 
-    ``solver="direct"`` uses the gradient rows alone, phase by phase; ``"hybrid"`` all rows; ``"auto"`` is direct
-    where the gradient rows alone can have full rank in every phase (or where nothing else is known), else hybrid.
+    ``solver="direct"`` uses the gradient rows alone, phase by phase; ``"hybrid"`` all rows; ``"auto"`` is
+    direct where the gradient rows alone can have full rank in every phase (or where nothing else is known),
+    else hybrid.
     """
     gradient = [block for block in system.blocks if isinstance(block, GradientRows)]
     others = [block for block in system.blocks if not isinstance(block, GradientRows) and block.count]

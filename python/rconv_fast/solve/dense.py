@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rconv_fast.solve.rows import System
 
-# A value is determined when its unit vector lies in the row space: the part outside has squared length below this.
+# A value is determined when its unit vector lies in the row space: the rest has less squared length.
 NULL_SPACE_TOLERANCE = 1e-10
 
 
@@ -24,9 +24,10 @@ class DenseSolution:
 
 
 def solve_rank_revealing(matrix: Tensor, rhs: Tensor, rtol: float) -> DenseSolution:
-    """``min ||matrix x - rhs||`` by SVD, matrix (m, n), rhs (m, c); singular values below `rtol` of the largest are 0.
+    """``min ||matrix x - rhs||`` by SVD, matrix (m, n), rhs (m, c).
 
-    A tall or a wide matrix is first reduced to a square one by QR.
+    Singular values below `rtol` of the largest count as 0. A tall or a wide matrix is first reduced to a
+    square one by QR.
     """
     m, n = matrix.shape
     if m > n:
@@ -42,14 +43,14 @@ def solve_rank_revealing(matrix: Tensor, rhs: Tensor, rtol: float) -> DenseSolut
     rank = int((s > rtol * s[0]).sum()) if len(s) and float(s[0]) > 0 else 0
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     x = vh.mT @ ((u.mT @ rhs) / s[:, None])
-    # One step of refinement: the SVD solves to about condition * eps, the residual of the given matrix is exact.
+    # One step of refinement: the SVD solves to about condition * eps, the given matrix's residual is exact.
     x = x + vh.mT @ ((u.mT @ (rhs - matrix @ x)) / s[:, None])
     determined = (1 - vh.square().sum(dim=0)) < NULL_SPACE_TOLERANCE
     return DenseSolution(x, rank, determined, float(s[0] / s[-1]) if rank else float("inf"))
 
 
 def normal_matrix(system: System) -> Tensor:
-    """``M^T M`` (unknowns, unknowns), column by column from the products; values outside the support give 0."""
+    """``M^T M`` (unknowns, unknowns), column by column from products; 0 for values outside the support."""
     unit = system.rhs[0].new_zeros(system.shape)
     flat = unit.reshape(-1)
     columns = flat.new_zeros(flat.numel(), flat.numel())
@@ -65,20 +66,21 @@ def normal_matrix(system: System) -> Tensor:
 
 @dataclass(frozen=True)
 class PseudoInverse:
-    """``(M^T M)^+`` by eigenvectors, the rank that it shows, and which values lie in its range."""
+    """``(M^T M)^+`` by eigenvectors, its rank, which values lie in its range, and its null space."""
 
     vectors: Tensor
     values: Tensor
     determined: Tensor
+    null: Tensor
 
     @classmethod
     def create(cls, normal: Tensor) -> PseudoInverse:
-        """Eigenvalues below the rounding of the largest are 0: singular values below about 1e-7 of the largest."""
+        """Eigenvalues below the largest's rounding are 0: singular values below 1e-7 or so of the largest."""
         values, vectors = torch.linalg.eigh(normal)
         kept = values > RANK_ROUNDINGS * torch.finfo(normal.dtype).eps * len(normal) * values[-1]
-        values, vectors = values[kept], vectors[:, kept]
+        null, values, vectors = vectors[:, ~kept], values[kept], vectors[:, kept]
         determined = (1 - vectors.square().sum(dim=1)) < NULL_SPACE_TOLERANCE
-        return cls(vectors, values, determined)
+        return cls(vectors, values, determined, null)
 
     @property
     def rank(self) -> int:

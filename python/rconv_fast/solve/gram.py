@@ -1,7 +1,7 @@
 """Normal matrices of the gradient constraints, stride phase by stride phase.
 
-The rows with offset ``k`` touch the input positions ``i = r (mod s)`` of one phase only (method, section 3), so
-``B^T B`` is block diagonal, one block a phase, the same for every channel of a group:
+The rows with offset ``k`` touch the input positions ``i = r (mod s)`` of one phase only (method, section 3),
+so ``B^T B`` is block diagonal, one block a phase, the same for every channel of a group:
 
     ``G[(b,i),(b',i')] = sum_k H[(b,u(i,k)),(b',u(i',k))]``,  ``u(i,k) = (i + p - k d) / s``,
     ``H[(b,u),(b',u')]  = sum_f g[b,f,u] g[b',f,u']``.
@@ -27,7 +27,7 @@ Window = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class TapWindow:
-    """One kernel offset of a phase: its row-major index, the phase's positions it meets, and at which outputs."""
+    """One kernel offset of a phase: its row-major index, the phase's positions it meets, at which outputs."""
 
     tap: int
     positions: Window
@@ -37,7 +37,7 @@ class TapWindow:
 def tap_windows(geometry: ConvGeometry, phase: Phase) -> list[TapWindow]:
     """The offsets of a phase that meet an output at all, in row-major order.
 
-    On one axis position ``j`` of the phase is ``i = r + s j`` and offset k meets it at ``u = j + (r + p - k d)/s``.
+    On one axis position ``j`` of the phase is ``i = r + s j``; it meets k at ``u = j + (r + p - k d)/s``.
     """
     found = [TapWindow(0, (), ())]
     for axis, (taps, positions) in enumerate(zip(phase.taps, phase.positions, strict=True)):
@@ -58,19 +58,19 @@ def tap_windows(geometry: ConvGeometry, phase: Phase) -> list[TapWindow]:
     return found
 
 
-def phase_slices(phase: Phase) -> Window:
-    """Index of the phase's positions in the spatial axes of the unknown."""
-    return tuple(slice(p.start, p.stop, p.step) for p in phase.positions)
+def phase_index(phase: Phase) -> Window:
+    """Index of the phase's positions in an unknown (B, C, *in)."""
+    return (slice(None), slice(None), *(slice(p.start, p.stop, p.step) for p in phase.positions))
 
 
 def group_filters(geometry: ConvGeometry, grad_output: Tensor, group: int) -> Tensor:
-    """The output gradients of one group's filters, (B, F/groups, \\*out)."""
+    r"""The output gradients of one group's filters, (B, F/groups, \*out)."""
     n = geometry.out_channels // geometry.groups
     return grad_output[:, group * n : (group + 1) * n]
 
 
 def output_gram(grad_output: Tensor) -> Tensor:
-    """``H`` (B, \\*out, B, \\*out) of the filters of one group, grad_output (B, F/groups, \\*out)."""
+    r"""``H`` (B, \*out, B, \*out) of the filters of one group, grad_output (B, F/groups, \*out)."""
     rows = grad_output.transpose(0, 1).flatten(1)
     h = rows.mT @ rows
     size = (len(grad_output), *grad_output.shape[2:])
@@ -81,7 +81,7 @@ def phase_gram(geometry: ConvGeometry, phase: Phase, h: Tensor) -> Tensor:
     """``G`` (B*n_positions, B*n_positions) of one phase."""
     size = (len(h), *(len(p) for p in phase.positions))
     gram = h.new_zeros(*size, *size)
-    everything = (slice(None),)
+    everything: Window = (slice(None),)
     for window in tap_windows(geometry, phase):
         i, u = everything + window.positions, everything + window.outputs
         gram[i + i] += h[u + u]
@@ -94,22 +94,23 @@ def phase_rows(geometry: ConvGeometry, phase: Phase, grad_output: Tensor) -> Ten
     batch, filters = grad_output.shape[:2]
     size = tuple(len(p) for p in phase.positions)
     windows = tap_windows(geometry, phase)
+    everything = (slice(None), slice(None))
     rows = grad_output.new_zeros(filters, len(windows), batch, *size)
     for t, window in enumerate(windows):
-        outputs = grad_output[(slice(None), slice(None), *window.outputs)]
-        rows[(slice(None), t, slice(None), *window.positions)] = outputs.transpose(0, 1)
+        outputs = grad_output[everything + window.outputs]
+        rows[:, t][everything + window.positions] = outputs.transpose(0, 1)
     return rows.reshape(filters * len(windows), batch * math.prod(size))
 
 
 def gather_phase(x: Tensor, phase: Phase) -> Tensor:
-    """The unknowns of a phase as a matrix: (B, C, \\*in) -> (B*n_positions, C)."""
-    part = x[(slice(None), slice(None), *phase_slices(phase))]
+    r"""The unknowns of a phase as a matrix: (B, C, \*in) -> (B*n_positions, C)."""
+    part = x[phase_index(phase)]
     return part.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 def scatter_phase(x: Tensor, phase: Phase, values: Tensor) -> None:
     """Write `values` (B*n_positions, C) back to the phase's positions of ``x (B, C, *in)``."""
-    part = x[(slice(None), slice(None), *phase_slices(phase))]
+    part = x[phase_index(phase)]
     part.copy_(values.reshape(len(x), *part.shape[2:], x.shape[1]).movedim(-1, 1))
 
 
@@ -128,7 +129,7 @@ class PhaseFactor:
 
 @dataclass(frozen=True)
 class GramFactor:
-    """``(B^T B + shift)^-1`` for all phases, groups and channels; ``failed`` names phases that are not definite."""
+    """``(B^T B + shift)^-1`` for all phases, groups, channels; ``failed``: phases that are not definite."""
 
     factors: tuple[PhaseFactor, ...]
     failed: tuple[Phase, ...]
@@ -140,14 +141,14 @@ class GramFactor:
         shift: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> GramFactor:
-        """Factor the sum of the blocks' Gram matrices, phase by phase.
+        r"""Factor the sum of the blocks' Gram matrices, phase by phase.
 
         Parameters
         ----------
         blocks : sequence of (ConvGeometry, Tensor)
             Geometry and output gradients; all of one stride and number of groups, so that their phases agree.
         shift : Tensor, optional
-            Added to the diagonal; broadcasts to (B, C, \\*in) and is averaged over a group's channels.
+            Added to the diagonal; broadcasts to (B, C, \*in) and is averaged over a group's channels.
         dtype : torch.dtype, optional
             Of the factors.
         """
@@ -185,13 +186,13 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, parts)
 
 
-# Four steps with a block of four vectors find the extreme eigenvalues to well within a factor of two, which is
-# all that a decision between solvers needs.
+# Four steps with a block of four vectors find the extreme eigenvalues to well within a factor of two, which
+# is all that a decision between solvers needs.
 POWER_STEPS, POWER_VECTORS = 4, 4
 
 
 def gram_condition(gram: Tensor, cholesky: Tensor) -> float:
-    """Condition number of the rows, ``sqrt(lambda_max / lambda_min)`` of their Gram matrix, by power iteration."""
+    """Condition number of the rows, ``sqrt(lambda_max / lambda_min)`` of their Gram matrix, by powers."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(gram), POWER_VECTORS, generator=generator, dtype=torch.float64).to(gram)
     largest, smallest = start, start

@@ -1,8 +1,9 @@
-"""Preconditioned conjugate gradients for least squares, in two precisions.
+"""Preconditioned conjugate gradients for least squares, with reliable updates.
 
-``min ||b - M x||`` by CGLS (Hestenes and Stiefel 1952; Bjorck 1996, section 7.4) with a preconditioner P of the
-normal matrix ``M^T M``. It runs in float64, or in float32 with float64 residuals between (iterative refinement):
-each pass solves for the correction ``M d = b - M x`` and the recomputed residual decides whether to go on.
+``min ||b - M x||`` by CGLS (Hestenes and Stiefel 1952; Bjorck 1996, section 7.4) with a preconditioner P of
+the normal matrix ``M^T M``. Each time the residual has fallen by a set factor it is computed anew from x,
+while the search direction is kept: products may then be done in float32 and the answer is still exact to
+float64 (residual replacement, Sleijpen and van der Vorst 1996; van der Vorst and Ye 2000).
 """
 
 from __future__ import annotations
@@ -34,63 +35,15 @@ class KrylovResult:
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 
-def cgls(
-    system: System,
-    rhs: list[Tensor],
-    preconditioner: Preconditioner,
-    *,
-    rtol: float,
-    max_iterations: int,
-    progress: Progress | None = None,
-    accept: Callable[[Tensor], bool] | None = None,
-    accept_every: int = 1,
-) -> KrylovResult:
-    """Solve ``min ||rhs - M x||`` from 0 until ``||P^-1/2 M^T r||`` has fallen by `rtol`, or is only rounding.
-
-    Expects ``||rhs||`` and the columns of ``M P^-1/2`` to be about 1. `accept` looks at x every `accept_every`
-    iterations and may end the iteration early.
-    """
-    r = list(rhs)
-    s = system.adjoint(r)
-    z = preconditioner(s)
-    p = z
-    x = torch.zeros_like(s)
-    gamma = torch.sum(s * z)
-    start = math.sqrt(max(float(gamma), 0.0))
-    floor = ROUNDING_UNITS * torch.finfo(x.dtype).eps
-    if start <= floor:
-        return KrylovResult(x, 0, 0.0, True)
-    target = max(rtol, floor / start)
-    every = CHECK_EVERY.get(x.device.type, 1)
-    relative, best, best_iteration = 1.0, 1.0, 0
-    for iteration in range(1, max_iterations + 1):
-        q = system.apply(p)
-        alpha = gamma / sum(torch.sum(qi * qi) for qi in q)
-        x.addcmul_(p, alpha)
-        r = [ri.addcmul(qi, alpha, value=-1) for ri, qi in zip(r, q, strict=True)]
-        s = system.adjoint(r)
-        z = preconditioner(s)
-        gamma, previous = torch.sum(s * z), gamma
-        p = torch.addcmul(z, p, gamma / previous)
-        if accept is not None and iteration % accept_every == 0 and accept(x):
-            return KrylovResult(x, iteration, relative, True)
-        if iteration % every == 0 or iteration == max_iterations:
-            relative = math.sqrt(max(float(gamma), 0.0)) / start  # synchronize!
-            if progress is not None:
-                progress(iteration, relative)
-            if relative < best / 2:
-                best, best_iteration = relative, iteration
-            if not relative > target or iteration - best_iteration > PATIENCE:  # also stops on NaN
-                break
-    return KrylovResult(x, iteration, relative, relative <= target)
-
-
-# Iterations without halving the residual after which an iteration is taken to have reached its rounding.
+# Iterations (beside half of those done) without halving the residual after which the iteration is taken to
+# have reached its rounding.
 PATIENCE = 400
+# A residual that has fallen this far and then stops falling has reached its rounding.
+DEEP, PATIENCE_AT_ROUNDING = 1e-10, 20
 # ``P^-1/2 M^T r`` of a unit r below this many roundings is 0: what is left of r lies outside the range of M.
 ROUNDING_UNITS = 16
-# A pass that gains less than this is the last one.
-STALL = 0.25
+# When the recomputed ``M^T r`` has gained less than this, only the rounding of the recomputation is left.
+STALL = 0.5
 
 
 def refine(
@@ -103,45 +56,99 @@ def refine(
     rtol: float,
     max_iterations: int,
     progress: Progress | None = None,
+    accept: Callable[[Tensor], bool] | None = None,
+    accept_every: int = 10,
 ) -> KrylovResult:
-    """Passes of `cgls` on the recomputed residual until it is at `rtol` of the right-hand side or stops falling."""
+    """Solve ``min ||rhs - M x||`` from 0.
+
+    Parameters
+    ----------
+    system : System
+        M, balanced: columns of norm about 1.
+    preconditioner : callable
+        ``P^-1 v``, P an approximation of ``M^T M``.
+    rhs : list of Tensor, optional
+        The system's own right-hand side if left out.
+    inner_dtype : torch.dtype, optional
+        Precision of the products inside; the residual is recomputed in the system's own.
+    inner_rtol : float
+        Fall of ``||P^-1/2 M^T r||`` after which the residual is recomputed.
+    rtol : float
+        Stop at ``||r|| <= rtol ||rhs||``.
+    max_iterations : int
+        Stop after as many products with M.
+    progress : callable, optional
+        Called with the iteration and an estimate of ``||r|| / ||rhs||``.
+    accept : callable, optional
+        Looks at x every `accept_every` iterations and may end the iteration.
+    """
     rhs = system.rhs if rhs is None else rhs
-    dtype = rhs[0].dtype
-    inner = system if inner_dtype in (None, dtype) else system.to(inner_dtype)
     scale = _norm(rhs)
-    x = rhs[0].new_zeros(system.shape)
-    r, iterations, relative, converged = rhs, 0, 1.0, scale == 0.0
-    while not converged and iterations < max_iterations:
-        size = _norm(r)
-        step = cgls(
-            inner,
-            [(ri / size).to(inner.rhs[0].dtype) for ri in r],
-            preconditioner,
-            rtol=inner_rtol,
-            max_iterations=max_iterations - iterations,
-            progress=_shifted(progress, iterations, relative),
-        )
-        iterations += step.iterations
-        candidate = x + step.x.to(dtype) * size
-        r_new = [bi - qi for bi, qi in zip(rhs, system.apply(candidate), strict=True)]
-        relative_new = _norm(r_new) / scale
-        stalled = not relative_new < STALL * relative
-        if relative_new < relative:
-            x, r, relative = candidate, r_new, relative_new
-        if (
-            relative <= rtol or stalled
-        ):  # nothing left to gain: rounding, or equations that contradict each other
-            converged = step.converged
+    x = torch.zeros(system.shape, dtype=rhs[0].dtype, device=rhs[0].device)
+    if scale == 0.0:
+        return KrylovResult(x, 0, 0.0, True)
+    inner = system if inner_dtype in (None, rhs[0].dtype) else system.to(inner_dtype)
+    dtype = inner.rhs[0].dtype
+    floor = ROUNDING_UNITS * torch.finfo(dtype).eps
+    every = CHECK_EVERY.get(x.device.type, 1)
+    size = scale  # the inner iteration works in units of the last recomputed residual
+    r = [(part / size).to(dtype) for part in rhs]
+    step = torch.zeros_like(x, dtype=dtype)
+    s = inner.adjoint(r)
+    z = preconditioner(s)
+    p = z.clone()
+    gamma = torch.sum(s * z)
+    reference = start = math.sqrt(max(float(gamma), 0.0))
+    if start <= floor:
+        return KrylovResult(x, 0, 1.0, True)
+    best, best_iteration, iteration, converged = 1.0, 0, 0, False
+    while iteration < max_iterations:
+        iteration += 1
+        q = inner.apply(p)
+        alpha = gamma / sum(torch.sum(part * part) for part in q)
+        step.addcmul_(p, alpha)
+        r = [ri.addcmul(qi, alpha, value=-1) for ri, qi in zip(r, q, strict=True)]
+        s = inner.adjoint(r)
+        z = preconditioner(s)
+        gamma, previous = torch.sum(s * z), gamma
+        if accept is not None and iteration % accept_every == 0 and accept(x + step.to(x.dtype) * size):
+            converged = True
             break
-    return KrylovResult(x, iterations, relative, converged)
+        if iteration % every == 0 or iteration == max_iterations:
+            now = math.sqrt(max(float(gamma), 0.0))  # synchronize!
+            relative = now / start * size / scale
+            if progress is not None:
+                progress(iteration, relative)
+            if not math.isfinite(relative):
+                break
+            if relative < best / 2:
+                best, best_iteration = relative, iteration
+            if now <= max(inner_rtol * reference, floor):
+                x = x + step.to(x.dtype) * size
+                residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
+                renewed, last = _norm(residual), reference * size
+                factor, size = size / renewed if renewed > 0 else 0.0, renewed
+                step.zero_()
+                if size <= rtol * scale:
+                    converged = True
+                    break
+                r = [(part / size).to(dtype) for part in residual]
+                p, previous = p * factor, previous * factor**2
+                s = inner.adjoint(r)
+                z = preconditioner(s)
+                gamma = torch.sum(s * z)
+                reference = math.sqrt(max(float(gamma), 0.0))
+                if reference <= floor or reference * size > STALL * last:
+                    converged = True
+                    break
+            elif iteration - best_iteration > (PATIENCE_AT_ROUNDING if best < DEEP else PATIENCE + iteration // 2):
+                converged = best < DEEP
+                break
+        p = torch.addcmul(z, p, gamma / previous)
+    x = x + step.to(x.dtype) * size
+    final = _norm([bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]) / scale
+    return KrylovResult(x, iteration, final, converged)
 
 
 def _norm(parts: list[Tensor]) -> float:
     return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
-
-
-def _shifted(progress: Progress | None, iterations: int, relative: float) -> Progress | None:
-    """Report iterations and residual of the whole refinement, not of one pass."""
-    if progress is None:
-        return None
-    return lambda i, value: progress(iterations + i, relative * value)

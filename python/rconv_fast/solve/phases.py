@@ -1,4 +1,4 @@
-"""Direct solution of the gradient constraints, stride phase by stride phase, all channels as right-hand sides."""
+"""Direct solution of the gradient constraints by stride phases, all channels as right-hand sides."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rconv_fast.solve.gram import (
     group_filters,
     output_gram,
     phase_gram,
+    phase_index,
     phase_rows,
-    phase_slices,
     scatter_phase,
     tap_windows,
 )
@@ -53,7 +53,7 @@ def count_phases(rows: GradientRows) -> list[PhaseCount]:
 
 
 def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solution:
-    """Solve ``B x = dW``: Cholesky on each phase's Gram matrix with refinement, the SVD where that is not safe."""
+    """Solve ``B x = dW``: Cholesky of each phase's Gram matrix with refinement, the SVD where not safe."""
     geometry, per_group = rows.geometry, rows.geometry.in_channels // rows.geometry.groups
     x = rows.rhs.new_zeros(shape)
     determined = torch.ones(shape, dtype=torch.bool, device=x.device)
@@ -77,7 +77,7 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
             matrix = phase_rows(geometry, phase, grad_output)
             dense = solve_rank_revealing(matrix, _phase_rhs(rows, phase, group), rtol)
             scatter_phase(x[:, channels], phase, dense.x)
-            fixed = determined[(slice(None), channels, *phase_slices(phase))]
+            fixed = determined[:, channels][phase_index(phase)]
             fixed &= dense.determined.reshape(shape[0], 1, *(len(p) for p in phase.positions))
             rank, condition = rank + dense.rank * per_group, max(condition, dense.condition)
     system = System(shape, (rows,))

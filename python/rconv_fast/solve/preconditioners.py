@@ -21,7 +21,7 @@ def jacobi(system: System, dtype: torch.dtype) -> Preconditioner:
 
 
 def phase_cholesky(system: System, dtype: torch.dtype) -> Preconditioner | None:
-    """``(B^T B + D)^-1``: all gradient rows exactly, of the others only the diagonal D; None where it fails."""
+    """``(B^T B + D)^-1``: gradient rows exactly, of the others only the diagonal D; None where it fails."""
     gradient = gradient_blocks(system)
     diagonal = system.diagonal()
     rest = diagonal - sum_of(block.diagonal() for block in gradient)
@@ -38,8 +38,8 @@ MAX_UNDAMPED_CONDITION, DAMPING = 1e7, 1e-7
 def dissection(rows: WeightRows) -> tuple[Preconditioner, float] | None:
     """``(A^T w^2 A)^-1`` by nested dissection, one factor a sample (one for all where all outputs are known).
 
-    Returns the preconditioner and a lower bound of the condition number; None where rows are missing so that A
-    alone is singular beyond damping.
+    Returns the preconditioner and a lower bound of the condition number; None where rows are missing so that
+    A alone is singular beyond damping.
     """
     masks: list[Tensor | None] = list(rows.row_weight)
     if bool((rows.row_weight == rows.row_weight.flatten()[0]).all()):
@@ -57,7 +57,7 @@ def dissection(rows: WeightRows) -> tuple[Preconditioner, float] | None:
             factors = [
                 DissectionFactor.factor(rows.geometry, weight, mask, damping=damping) for mask in masks
             ]
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # public, missing in torch's stubs
             return None
 
     def solve(v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The equations of one unknown layer input ``x (B, C, *in)``, as blocks of rows ``M x = b`` without the matrix.
+"""The equations of one layer input ``x (B, C, *in)``, as blocks of rows ``M x = b`` without the matrix.
 
 Every block offers the same five things: ``apply`` (``M x``), ``adjoint`` (``M^T y``), ``diagonal``
 (of ``M^T M``), ``rhs`` (``b``) and ``count``; ``scaled`` and ``to`` give the block times a number and in
@@ -22,7 +22,9 @@ from rconv_fast.operators import apply_gradient, apply_weight, apply_weight_adjo
 class Rows(Protocol):
     """One block of equations ``M x = rhs``."""
 
-    rhs: Tensor
+    @property
+    def rhs(self) -> Tensor:
+        """Right-hand side."""
 
     @property
     def count(self) -> int:
@@ -109,7 +111,7 @@ class GradientRows:
 
 @dataclass(frozen=True)
 class WeightRows:
-    """Weight constraints ``w (o - bias) = w A x`` (R-CONV, section 4); ``row_weight`` w is 0 where o is unknown."""
+    """Weight constraints ``w (o - bias) = w A x`` (R-CONV, section 4); ``row_weight`` w: 0 for unknown o."""
 
     geometry: ConvGeometry
     weight: Tensor
@@ -240,7 +242,7 @@ class MapRows:
 
 @dataclass(frozen=True)
 class System:
-    """All blocks of one unknown, stacked; `support` (bool, or None for all) marks the values not known to be 0."""
+    """All blocks of one unknown, stacked; `support` (bool, None: all) marks the values not known to be 0."""
 
     shape: torch.Size
     blocks: tuple[Rows, ...]

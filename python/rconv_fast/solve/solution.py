@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rconv_fast.solve.dense import PseudoInverse
+
 
 @dataclass(frozen=True)
 class Solution:
-    """The input of one layer, and how far the equations determine it.
+    r"""The input of one layer, and how far the equations determine it.
 
     Attributes
     ----------
     x : Tensor
-        Recovered input (B, C, \\*in); minimum norm where the equations leave it open.
+        Recovered input (B, C, \*in); minimum norm where the equations leave it open.
     rank, unknowns, rows : int
         Numerical rank of the system (its bound ``min(rows, unknowns)`` where it was not computed), values to
         find, equations.
@@ -30,6 +32,8 @@ class Solution:
         Whether the method met its tolerance.
     iterations : int
         Iterations, refinements included.
+    inverse : PseudoInverse or None
+        Of the balanced system, where it was computed: its null space is what the equations leave open.
     """
 
     x: Tensor
@@ -42,3 +46,4 @@ class Solution:
     solver: str
     converged: bool
     iterations: int
+    inverse: PseudoInverse | None = None
