@@ -132,9 +132,7 @@ def run_peer(checkout: Path, attack: Attack, threads: int) -> dict[str, Any]:
             check=False,
         )
         if done.returncode != 0:
-            raise RuntimeError(
-                f"{attack.name}: the peer's code failed: {done.stderr.strip().splitlines()[-1]}"
-            )
+            raise RuntimeError(f"{attack.name}: the peer's code failed: {done.stderr.strip().splitlines()[-1]}")
         loaded: dict[str, Any] = torch.load(result, weights_only=True)
         return loaded
 
@@ -165,9 +163,7 @@ def side_by_side(attack: Attack, checkout: Path, threads: int, repeats: int) -> 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-rrconv", type=Path, required=True, metavar="CHECKOUT")
     parser.add_argument("--filter", default="", help="only attacks whose name contains this text")
     parser.add_argument("--threads", type=int, default=1, help="for both sides")

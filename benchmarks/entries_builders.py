@@ -57,9 +57,7 @@ def gradient_case(filters: int, side: int, kernel: int, stride: int, padding: in
     return with_buffers(case, ours_gradient(case))
 
 
-def weight_case(
-    channels: int, filters: int, side: int, kernel: int, stride: int, padding: int, device: str
-) -> Case:
+def weight_case(channels: int, filters: int, side: int, kernel: int, stride: int, padding: int, device: str) -> Case:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(filters, channels, kernel, kernel, dtype=torch.float64, generator=generator)
     case = Case(weight.to(device), side, kernel, stride, padding, (torch.empty(0), torch.empty(0)))
@@ -92,9 +90,7 @@ def ours_gradient_nonzeros(case: Case) -> Tensor:
 
 
 def ours_weight(case: Case) -> Tensor:
-    return ops.weight_constraints(
-        case.source, (case.side, case.side), stride=case.stride, padding=case.padding
-    )
+    return ops.weight_constraints(case.source, (case.side, case.side), stride=case.stride, padding=case.padding)
 
 
 # --- Competitors -----------------------------------------------------------------------------------------
@@ -214,9 +210,7 @@ def parts_of(setup: Callable[[], Case]) -> Parts:
     case = setup()
     matrix = ours_gradient(case)
     size, kernel = (case.side, case.side), (case.kernel, case.kernel)
-    geometry = ConvGeometry.create(
-        "benchmark", 1, case.source.shape[1], size, kernel, case.stride, case.padding
-    )
+    geometry = ConvGeometry.create("benchmark", 1, case.source.shape[1], size, kernel, case.stride, case.padding)
     numbers = ConstraintLayout.of_gradient(geometry, 1).numbers
     return Parts(case, numbers, matrix.crow_indices(), matrix.values().numel())
 

@@ -181,9 +181,7 @@ def cgls(layer: Layer, precondition: Operator, scale: float, x: Tensor, most: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--beta", type=float, nargs="+", default=[0.0, 1e-6, 1e-5, 1e-4])
     parser.add_argument("--damping", type=float, default=0.0, help="sqrt(damping) relative to |A|")

@@ -43,9 +43,7 @@ class FakeInversion:
         self.calls: list[dict[str, Any]] = []
         self.error: BaseException | None = None
 
-    def __call__(
-        self, model: torch.nn.Module, gradients: Any, input_shape: tuple[int, ...], **options: Any
-    ) -> Any:
+    def __call__(self, model: torch.nn.Module, gradients: Any, input_shape: tuple[int, ...], **options: Any) -> Any:
         self.calls.append({"model": model, "gradients": gradients, "input_shape": input_shape, **options})
         if self.error is not None:
             raise self.error
@@ -168,9 +166,7 @@ def test_bad_input_is_one_line(arguments: list[object], message: str) -> None:
     assert message in error_line(run(*arguments))
 
 
-@pytest.mark.parametrize(
-    "arguments", [["demo", "--bogus"], ["demo", "--size", "big"], ["nonsense"], ["invert"]]
-)
+@pytest.mark.parametrize("arguments", [["demo", "--bogus"], ["demo", "--size", "big"], ["nonsense"], ["invert"]])
 def test_bad_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert run(*arguments).exit_code == 2
 

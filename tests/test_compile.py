@@ -20,9 +20,7 @@ GEOMETRY = GEOMETRIES["unlike axes"]
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_gradient_components(dynamic: bool, device: torch.device) -> None:
     def loss(g: torch.Tensor) -> torch.Tensor:
-        values, crow, col = ops.gradient_components(
-            g, GEOMETRY.input_size, GEOMETRY.kernel_size, **sizes(GEOMETRY)
-        )
+        values, crow, col = ops.gradient_components(g, GEOMETRY.input_size, GEOMETRY.kernel_size, **sizes(GEOMETRY))
         return (values.sin() * col).sum() + crow[-1]
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -41,9 +39,7 @@ def test_weight_components_with_inductor(device: torch.device) -> None:
         return ops.weight_components(w, GEOMETRY.input_size, **sizes(GEOMETRY))
 
     weight = random_weight(GEOMETRY, device=device)
-    for ours, eager in zip(
-        torch.compile(components, fullgraph=True)(weight), components(weight), strict=True
-    ):
+    for ours, eager in zip(torch.compile(components, fullgraph=True)(weight), components(weight), strict=True):
         assert torch.equal(ours, eager)
 
 

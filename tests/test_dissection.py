@@ -165,9 +165,7 @@ def test_triangle_as_dense_qr() -> None:
     g = TALL["dilation"]
     weight = random_weight(g)
     matrix = dense(g, weight)
-    order = np.concatenate(
-        [k.positions[:, : k.n_eliminated].ravel() for k in dissection_tree.dissect(g) if k.n_fronts]
-    )
+    order = np.concatenate([k.positions[:, : k.n_eliminated].ravel() for k in dissection_tree.dissect(g) if k.n_fronts])
     factor = DissectionFactor.factor(g, weight, torch.ones(g.out_channels, *g.out_size))
     # any topological order of the tree has the same diagonal
     dense_r = torch.linalg.qr(matrix[:, order], mode="r").R
@@ -204,9 +202,7 @@ def test_batches_do_not_change_the_factor(monkeypatch: pytest.MonkeyPatch, dampi
     v = torch.randn(g.in_channels, *g.input_size, dtype=torch.float64)
     together = DissectionFactor.factor(g, weight, rows, damping=damping).solve_normal(v)
     monkeypatch.setattr(fronts, "BATCH_BYTES", 1)
-    assert (
-        relative(DissectionFactor.factor(g, weight, rows, damping=damping).solve_normal(v), together) < 1e-12
-    )
+    assert relative(DissectionFactor.factor(g, weight, rows, damping=damping).solve_normal(v), together) < 1e-12
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "row weights"])
@@ -239,9 +235,7 @@ def test_damping_below_rounding_says_so() -> None:
 def test_arguments() -> None:
     g = TALL["groups"]
     weight = random_weight(g)
-    with pytest.raises(
-        ArgumentError, match=r"factor: weight must have shape \(8, 2, 3, 3\), got \(8, 1, 3, 3\)"
-    ):
+    with pytest.raises(ArgumentError, match=r"factor: weight must have shape \(8, 2, 3, 3\), got \(8, 1, 3, 3\)"):
         DissectionFactor.factor(g, weight[:, :1])
     with pytest.raises(ArgumentError, match="factor: row_weights must have shape"):
         DissectionFactor.factor(g, weight, torch.ones(3))

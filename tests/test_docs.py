@@ -75,9 +75,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         path, _, anchor = target.partition("#")
         assert not path or (page.parent / path).exists(), target
         if anchor:
-            headings = re.findall(
-                r"^#+ (.+)$", (page.parent / path if path else page).read_text(), re.MULTILINE
-            )
+            headings = re.findall(r"^#+ (.+)$", (page.parent / path if path else page).read_text(), re.MULTILINE)
             assert anchor in [h.lower().replace(" ", "-") for h in headings], target
 
 
@@ -85,9 +83,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = [
-        c
-        for _, block in blocks(page, "")
-        for c in re.findall(r"^make ([a-z -]+?)(?:\s+#.*)?$", block, re.MULTILINE)
+        c for _, block in blocks(page, "") for c in re.findall(r"^make ([a-z -]+?)(?:\s+#.*)?$", block, re.MULTILINE)
     ]
     commands += re.findall(r"`make ([a-z-]+)", page.read_text())
     mentioned = {word for command in commands for word in command.split()}

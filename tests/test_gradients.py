@@ -31,9 +31,7 @@ def test_values_differentiate_twice(name: str, device: torch.device) -> None:
     mask = random_mask(geometry, device=device)
 
     def gradient_values(g: torch.Tensor, **more: bool) -> torch.Tensor:
-        return ops.gradient_components(
-            g, geometry.input_size, geometry.kernel_size, **sizes(geometry), **more
-        )[0]
+        return ops.gradient_components(g, geometry.input_size, geometry.kernel_size, **sizes(geometry), **more)[0]
 
     def weight_values(w: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:
         return ops.weight_components(w, geometry.input_size, **sizes(geometry), **more)[0]

@@ -30,9 +30,7 @@ class Batch:
 
 def gradients(inputs, labels, weight, bias, **loss):
     leaves = [p.detach().clone().requires_grad_() for p in (weight, bias) if p is not None]
-    value = F.cross_entropy(
-        F.linear(inputs, leaves[0], leaves[1] if bias is not None else None), labels, **loss
-    )
+    value = F.cross_entropy(F.linear(inputs, leaves[0], leaves[1] if bias is not None else None), labels, **loss)
     grads = torch.autograd.grad(value, leaves)
     return Batch(inputs, labels, weight, bias, grads[0], grads[1] if bias is not None else None)
 
@@ -162,9 +160,7 @@ def test_float32_training_loop():
 
 def _doubled(result):
     fields = dict(vars(result))
-    fields.update(
-        {k: v.double() for k, v in fields.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    )
+    fields.update({k: v.double() for k, v in fields.items() if isinstance(v, torch.Tensor) and v.is_floating_point()})
     return type(result)(**fields)
 
 

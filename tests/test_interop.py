@@ -25,9 +25,7 @@ def test_scipy_shares_memory_and_agrees(geometry: ConvGeometry) -> None:
     assert np.array_equal(theirs.toarray(), matrix.detach().to_dense().numpy())
     # We say that it is canonical; a fresh array has scipy look for itself.
     assert theirs.has_canonical_format
-    assert scipy.sparse.csr_array(
-        (theirs.data, theirs.indices, theirs.indptr), theirs.shape
-    ).has_canonical_format
+    assert scipy.sparse.csr_array((theirs.data, theirs.indices, theirs.indptr), theirs.shape).has_canonical_format
 
 
 @pytest.mark.cuda

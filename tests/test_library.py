@@ -44,9 +44,7 @@ def test_opcheck_masked_pattern(device: torch.device) -> None:
 
 def test_every_operator_is_checked_here() -> None:
     registered = {
-        name.split("::")[1]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("rconv_fast::")
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("rconv_fast::")
     }
     builders = {"pattern", "masked_pattern", "nonzero_pattern", "values", "sum_values"}
     assert builders <= registered

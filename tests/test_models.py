@@ -55,12 +55,8 @@ def test_shapes_are_those_of_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in TABLE if not n.endswith("224")])
-@pytest.mark.parametrize(
-    ("activation", "kind"), [("relu", nn.ReLU), ("sigmoid", nn.Sigmoid), ("tanh", nn.Tanh)]
-)
-def test_activation_stands_where_the_papers_have_it(
-    name: str, activation: str, kind: type[nn.Module]
-) -> None:
+@pytest.mark.parametrize(("activation", "kind"), [("relu", nn.ReLU), ("sigmoid", nn.Sigmoid), ("tanh", nn.Tanh)])
+def test_activation_stands_where_the_papers_have_it(name: str, activation: str, kind: type[nn.Module]) -> None:
     model = models.MODELS[name](activation)
     found = [m for n, m in model.named_children() if n.startswith("act")]
     n_leaky = LEAKY_FIRST.get(name, 0)
@@ -114,9 +110,7 @@ def test_generator_is_used_and_advanced() -> None:
 
 def test_float32_model_is_the_rounded_float64_one() -> None:
     double, single = models.cnn3(), models.cnn3(dtype=torch.float32)
-    assert all(
-        torch.equal(p.float(), q) for p, q in zip(double.parameters(), single.parameters(), strict=True)
-    )
+    assert all(torch.equal(p.float(), q) for p, q in zip(double.parameters(), single.parameters(), strict=True))
 
 
 def test_layers_have_the_rows_they_promise() -> None:

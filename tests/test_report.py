@@ -17,8 +17,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from rconv_fast.errors import ArgumentError
+from rconv_fast.progress import ProgressDisplay
 from rconv_fast.report import files, pictures
-from rconv_fast.report.progress import ProgressDisplay
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -134,9 +134,7 @@ def test_report_is_strict_json(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == expected
 
 
-def event(
-    layer: str, iteration: int, total: int | None = None, residual: float | None = None
-) -> SimpleNamespace:
+def event(layer: str, iteration: int, total: int | None = None, residual: float | None = None) -> SimpleNamespace:
     return SimpleNamespace(layer=layer, stage="solve", iteration=iteration, total=total, residual=residual)
 
 

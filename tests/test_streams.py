@@ -52,9 +52,7 @@ def test_a_tensor_on_the_second_device() -> None:
     with torch.cuda.device(0):
         matrix = weight_matrix(geometry, weight, mask=mask)
     assert matrix.device == weight.device
-    assert torch.equal(
-        matrix.to_dense().cpu(), weight_matrix(geometry, weight.cpu(), mask=mask.cpu()).to_dense()
-    )
+    assert torch.equal(matrix.to_dense().cpu(), weight_matrix(geometry, weight.cpu(), mask=mask.cpu()).to_dense())
 
 
 @pytest.mark.cuda

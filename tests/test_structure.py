@@ -91,13 +91,9 @@ def test_wide_indices_equal_narrow_ones(geometry: ConvGeometry, device: torch.de
         values = (backend.values(source, s, narrow.nnz, narrow) for s in (start, start_wide))
         assert torch.equal(*columns)
         assert torch.equal(*values)
-        sums = (
-            backend.sum_values(torch.ones(narrow.nnz, device=device), s, narrow) for s in (start, start_wide)
-        )
+        sums = (backend.sum_values(torch.ones(narrow.nnz, device=device), s, narrow) for s in (start, start_wide))
         assert torch.equal(*sums)
-        for a, b in zip(
-            backend.nonzero_pattern(source, narrow), backend.nonzero_pattern(source, wide), strict=True
-        ):
+        for a, b in zip(backend.nonzero_pattern(source, narrow), backend.nonzero_pattern(source, wide), strict=True):
             assert b.dtype == torch.int64
             assert torch.equal(a, b)
 

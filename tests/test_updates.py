@@ -16,14 +16,10 @@ from rconv_fast.updates import gradients_from_update
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
-    ).to(dtype)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).to(dtype)
 
 
-def step(
-    model: nn.Module, lr: float, **options: Any
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def step(model: nn.Module, lr: float, **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """One step of torch's own SGD: states before and after, and the gradients it was made of."""
     dtype = next(model.parameters()).dtype
     generator = torch.Generator().manual_seed(1)
@@ -82,9 +78,7 @@ def test_parameters_decide_what_a_buffer_is() -> None:
 
 def test_batch_norm_in_training_mode_is_refused() -> None:
     before, after, _ = step(network().train(), 0.1)
-    with pytest.raises(
-        ArgumentError, match=r"after\['1.running_mean'\] must be unchanged \(.*training mode.*\)"
-    ):
+    with pytest.raises(ArgumentError, match=r"after\['1.running_mean'\] must be unchanged \(.*training mode.*\)"):
         gradients_from_update(before, after, 0.1)
     names = [n for n, _ in network().named_parameters()]
     with pytest.raises(ArgumentError, match="training mode"):
@@ -131,7 +125,5 @@ def test_what_cannot_be_undone_is_refused(changes: dict[str, Any], message: str)
 def test_wrong_types_are_refused() -> None:
     with pytest.raises(ArgumentTypeError, match=r"before\['w'\] must be a tensor, got list$"):
         gradients_from_update({"w": [1.0]}, {"w": torch.zeros(1)}, 0.1)
-    with pytest.raises(
-        ArgumentTypeError, match=r"before must be a mapping or a sequence of tensors, got int$"
-    ):
+    with pytest.raises(ArgumentTypeError, match=r"before must be a mapping or a sequence of tensors, got int$"):
         gradients_from_update(3, {"w": torch.zeros(1)}, 0.1)  # type: ignore[arg-type]

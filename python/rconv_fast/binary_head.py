@@ -112,9 +112,7 @@ def separate_logistic_head(
             _logistic_reading(dw, p * s[0] * vh[0], u[:, 0] / p, wt, c, w)
             for p in _logistic_scales(u[:, 0] / w, s[0] * (wt @ vh[0]), c)
         ]
-    readings = [
-        r for r in readings if r.residual <= tolerance * max(1.0, float(w / r.grad_logits.abs().max()))
-    ]
+    readings = [r for r in readings if r.residual <= tolerance * max(1.0, float(w / r.grad_logits.abs().max()))]
     return [_cast(r, grad_weight.dtype) for r in readings]
 
 
@@ -317,9 +315,7 @@ class _MseSystem:
         m, b, _ = p.shape
         delta = self.w * (self.slope @ p.mT + self.offset)
         eye = torch.eye(b, dtype=p.dtype, device=p.device)
-        first = self.w * torch.einsum("jk,mbc->mjcbk", self.slope, p) + torch.einsum(
-            "mjb,ck->mjcbk", delta, eye
-        )
+        first = self.w * torch.einsum("jk,mbc->mjcbk", self.slope, p) + torch.einsum("mjb,ck->mjcbk", delta, eye)
         parts = [first.reshape(m, -1, b * b)]
         if self.grad_bias is not None:
             row = self.w * self._bias_factor() * self.slope[None, :, None, :].expand(m, -1, b, -1)

@@ -53,9 +53,7 @@ class Device(str, Enum):
         if self is Device.auto:
             return torch.device("cuda" if available else "cpu")
         require_cuda = self is not Device.cuda or available
-        errors.require(
-            require_cuda, "rconv-fast", "--device", "be available", f"{self.value} (torch sees no GPU)"
-        )
+        errors.require(require_cuda, "rconv-fast", "--device", "be available", f"{self.value} (torch sees no GPU)")
         return torch.device(self.value)
 
 
@@ -84,15 +82,9 @@ def demo(
     image: Annotated[Path | None, typer.Option(help="Your own photo instead of the one shipped.")] = None,
     size: Annotated[int, typer.Option(help="Side of the square photo in pixels: 32 or 224.")] = 32,
     batch: Annotated[int, typer.Option(help="How many photos share one gradient.")] = 1,
-    activation: Annotated[
-        str, typer.Option(help="Activation of the network: relu, leaky_relu, sigmoid, ...")
-    ] = "relu",
-    device: Annotated[
-        Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")
-    ] = Device.auto,
-    dtype: Annotated[
-        Precision, typer.Option(help="Precision of the model and its gradients.")
-    ] = Precision.float64,
+    activation: Annotated[str, typer.Option(help="Activation of the network: relu, leaky_relu, sigmoid, ...")] = "relu",
+    device: Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")] = Device.auto,
+    dtype: Annotated[Precision, typer.Option(help="Precision of the model and its gradients.")] = Precision.float64,
     seed: Annotated[int, typer.Option(help="Of the network's parameters and of the labels.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for comparison.png and report.json.")] = Path("out/demo"),
 ) -> None:
@@ -103,28 +95,20 @@ def demo(
 
 @app.command()
 def invert(
-    model: Annotated[
-        str, typer.Option(help="PKG.MODULE:FACTORY, imported and called: this runs your own code.")
-    ],
+    model: Annotated[str, typer.Option(help="PKG.MODULE:FACTORY, imported and called: this runs your own code.")],
     state: Annotated[Path, typer.Option(help="The model's parameters: safetensors, or a torch.save file.")],
     gradients: Annotated[Path, typer.Option(help="The gradients, by parameter name or in parameter order.")],
     input_shape: Annotated[str, typer.Option(help="Shape of one sample, as in 3x32x32.")],
-    batch: Annotated[
-        int | None, typer.Option(help="Samples behind the gradients; found if not given.")
-    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples behind the gradients; found if not given.")] = None,
     loss: Annotated[Loss, typer.Option(help="The loss, mean over the batch.")] = Loss.cross_entropy,
-    device: Annotated[
-        Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")
-    ] = Device.auto,
-    out: Annotated[
-        Path, typer.Option(help="Folder for recovered.png, inputs.safetensors, report.json.")
-    ] = Path("out/invert"),
+    device: Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")] = Device.auto,
+    out: Annotated[Path, typer.Option(help="Folder for recovered.png, inputs.safetensors, report.json.")] = Path(
+        "out/invert"
+    ),
 ) -> None:
     """Recover the batch behind gradients of your own model, taken in evaluation mode."""
     with _one_line_errors():
-        raise typer.Exit(
-            _invert(model, state, gradients, input_shape, batch, loss.value, device.resolve(), out)
-        )
+        raise typer.Exit(_invert(model, state, gradients, input_shape, batch, loss.value, device.resolve(), out))
 
 
 @app.command()
@@ -173,7 +157,7 @@ def _demo(
     _make_folder(out)
 
     gradients = _client_gradients(model, photos, seed)
-    inversion, seconds = _timed_inversion(model, gradients, tuple(photos.shape[1:]))
+    inversion, seconds = _timed_inversion(out, model, gradients, tuple(photos.shape[1:]))
 
     recovered = inversion.inputs
     if recovered.shape != photos.shape:
@@ -222,13 +206,11 @@ def _invert(
     shared = files.load_tensors(gradients, "--gradients")
     network = _load_state(_build_model(model), parameters).to(device)
     shared = (
-        {n: g.to(device) for n, g in shared.items()}
-        if isinstance(shared, dict)
-        else [g.to(device) for g in shared]
+        {n: g.to(device) for n, g in shared.items()} if isinstance(shared, dict) else [g.to(device) for g in shared]
     )
     _make_folder(out)
 
-    inversion, seconds = _timed_inversion(network, shared, shape, batch_size=batch, loss=loss)
+    inversion, seconds = _timed_inversion(out, network, shared, shape, batch_size=batch, loss=loss)
 
     pictures.save_batch(out / "recovered.png", inversion.inputs)
     files.save_inputs(out / "inputs.safetensors", inversion.inputs, inversion.labels)
@@ -240,15 +222,20 @@ def _invert(
 
 
 def _timed_inversion(
-    model: nn.Module, gradients: Any, shape: tuple[int, ...], **options: Any
+    out: Path, model: nn.Module, gradients: Any, shape: tuple[int, ...], **options: Any
 ) -> tuple[Any, float]:
     """Run ``invert`` behind a progress display; all it is given are the model, the gradients and a shape."""
     import rconv_fast
-    from rconv_fast.report.progress import ProgressDisplay
+    from rconv_fast.progress import ProgressDisplay
+    from rconv_fast.report import files
 
     start = time.perf_counter()
-    with ProgressDisplay() as show:
-        inversion = rconv_fast.invert(model, gradients, shape, progress=show, **options)
+    try:
+        with ProgressDisplay() as show:
+            inversion = rconv_fast.invert(model, gradients, shape, progress=show, **options)
+    except errors.InterruptedInversionError as interrupted:
+        files.save_partial(out / "partial.safetensors", interrupted.features, interrupted.partial)
+        _stop(f"{interrupted}; saved in {out / 'partial.safetensors'}", INTERRUPTED)
     return inversion, time.perf_counter() - start
 
 
@@ -292,9 +279,7 @@ def _own_photo(path: Path) -> Image:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise errors.ArgumentError(
-            f"demo: --image must be a picture that Pillow reads, got {path}"
-        ) from error
+        raise errors.ArgumentError(f"demo: --image must be a picture that Pillow reads, got {path}") from error
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     return picture.crop((left, top, left + side, top + side))
@@ -323,17 +308,13 @@ def _to_tensor(picture: Image, size: int) -> Tensor:
 def _build_model(spec: str) -> nn.Module:
     """Import ``PKG.MODULE:FACTORY`` and call it: this runs code, the user's own."""
     module_name, _, factory_name = spec.partition(":")
-    errors.require(
-        bool(module_name and factory_name), "invert", "--model", "look like PKG.MODULE:FACTORY", repr(spec)
-    )
+    errors.require(bool(module_name and factory_name), "invert", "--model", "look like PKG.MODULE:FACTORY", repr(spec))
     try:
         factory: Callable[[], Any] = getattr(importlib.import_module(module_name), factory_name)
         model = factory()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise errors.ArgumentError(
-            f"invert: --model must be importable and callable, got {spec}: {reason}"
-        ) from error
+        raise errors.ArgumentError(f"invert: --model must be importable and callable, got {spec}: {reason}") from error
     kind = type(model).__name__
     errors.require_type(isinstance(model, nn.Module), "invert", "--model", "return a torch.nn.Module", kind)
     assert isinstance(model, nn.Module)
@@ -344,9 +325,7 @@ def _load_state(model: nn.Module, state: dict[str, Tensor] | list[Tensor]) -> nn
     """Fill the model, in the precision of the file, and switch it to evaluation mode."""
     if isinstance(state, list):
         names = list(model.state_dict())
-        errors.require(
-            len(state) == len(names), "invert", "--state", f"hold {len(names)} tensors", len(state)
-        )
+        errors.require(len(state) == len(names), "invert", "--state", f"hold {len(names)} tensors", len(state))
         state = dict(zip(names, state, strict=True))
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
     if len(dtypes) == 1:
@@ -417,9 +396,7 @@ def _make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise errors.ArgumentError(
-            f"rconv-fast: --out must be a folder that can be made, got {path}"
-        ) from error
+        raise errors.ArgumentError(f"rconv-fast: --out must be a folder that can be made, got {path}") from error
 
 
 @contextmanager

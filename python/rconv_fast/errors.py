@@ -30,6 +30,27 @@ class MissingDependencyError(RconvError, ImportError):
     """An optional dependency is not installed; the message holds the command that installs it."""
 
 
+class InterruptedInversionError(RconvError, KeyboardInterrupt):
+    """Ctrl-C during an inversion.
+
+    Attributes
+    ----------
+    layer : str
+        The layer whose input was being solved for.
+    features : dict[str, Tensor]
+        The inputs recovered before, by layer name.
+    partial : Tensor or None
+        The iterate of the solve that was interrupted.
+    """
+
+    def __init__(self, layer: str, features: Mapping[str, Any], partial: Any = None) -> None:
+        self.layer = layer
+        self.features = dict(features)
+        self.partial = partial
+        known = ", ".join(self.features) or "nothing"
+        super().__init__(f"invert: interrupted at {layer!r}; recovered up to there: inputs of {known}")
+
+
 class UnsupportedModelError(RconvError, ValueError):
     """The recursion cannot pass a module of the model.
 
@@ -49,8 +70,7 @@ class UnsupportedModelError(RconvError, ValueError):
         self.features = dict(features or {})
         known = ", ".join(self.features) or "nothing"
         super().__init__(
-            f"invert: model must be invertible at {module!r}, got {reason}; "
-            f"recovered up to there: inputs of {known}"
+            f"invert: model must be invertible at {module!r}, got {reason}; recovered up to there: inputs of {known}"
         )
 
 

@@ -97,9 +97,7 @@ class ConvGeometry:
         require(min(input_size) >= 1, function, "input_size", "be >= 1 on every axis", input_size)
         require(groups >= 1, function, "groups", "be >= 1", groups)
         require(in_channels % groups == 0, function, "groups", f"divide in_channels ({in_channels})", groups)
-        require(
-            out_channels % groups == 0, function, "groups", f"divide out_channels ({out_channels})", groups
-        )
+        require(out_channels % groups == 0, function, "groups", f"divide out_channels ({out_channels})", groups)
         geometry = cls(in_channels, out_channels, groups=groups, **sizes)
         require(
             min(geometry.out_size) >= 1,

@@ -153,9 +153,7 @@ class _Reader:
         except Exception as error:  # the model's own code on a shape it does not take
             shapes = ", ".join(str(tuple(x.shape)) for x in operands)
             label = str(node.target) if module is not None else node.name
-            raise UnsupportedModelError(
-                label, f"an input of shape {shapes} ({_first_line(error)})"
-            ) from error
+            raise UnsupportedModelError(label, f"an input of shape {shapes} ({_first_line(error)})") from error
         if not live or not isinstance(result, Tensor):
             return result
         return self._step(node, module, unique, operands, forward, result, args, kwargs)
@@ -183,9 +181,7 @@ class _Reader:
                 plain = fx.node.map_aggregate(args, lambda a: a.example if isinstance(a, _Live) else a)
                 rule = function_rule(_call_name(node), call, plain, kwargs)
         except _SharedParameter:
-            rule = UnsupportedRule(
-                "shared", "parameters used more than once, whose gradient is a sum over the uses"
-            )
+            rule = UnsupportedRule("shared", "parameters used more than once, whose gradient is a sum over the uses")
         if rule is None:
             return _Live(inputs[0], result)
         self.graph.add(Step(node.name, label, tuple(inputs), rule, forward, result.shape))

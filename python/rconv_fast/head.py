@@ -15,6 +15,7 @@ from torch import Tensor
 from rconv_fast.errors import require, require_type
 from rconv_fast.head_joint import (
     MAX_UNKNOWNS,
+    JointSolution,
     count_hypotheses,
     estimate_counts,
     solve_joint,
@@ -29,8 +30,9 @@ _CERTIFICATE_LIMIT = 1e-2
 _PROOF_EXCESS = 2
 # A root of the deflated equations this close is polished and judged on the whole gradient.
 _CANDIDATE = 3e-2
-# A sample whose expected relative error is larger is not reported.
-_ACCURACY = 1e-3
+# A sample is reported only if its expected relative error is below: 1e-8 with float64, 3e-4 with float32 gradients.
+_ACCURACY_IN_ROUNDINGS = 4e7
+_ACCURACY_LIMIT = 3e-4
 # Weights of repeated samples are told apart to this relative accuracy.
 _WHOLE = 1e-2
 # ``q_a^T p_b`` of a complete separation is 0 or 1 this closely, or as closely as the noise allows.
@@ -41,6 +43,7 @@ _IDLE_ROUNDS = 3
 _JOINT_BATCH = 64
 _JOINT_WORK = 8 * 10**9
 _HYPOTHESES = 128
+_HYPOTHESIS_WORK = 7 * 10**7
 _DRAWS = 256
 # Where one sample's equations outnumber its unknowns by more, the joint solve adds nothing.
 _JOINT_EXCESS = 6
@@ -202,6 +205,7 @@ class _Head:
     system: RootSystem = field(init=False)
     noise: float = field(init=False)
     batch_size: int = field(init=False)
+    weight_known: bool = field(init=False)
 
     @property
     def sample_weight(self) -> float:
@@ -233,7 +237,12 @@ class _Found:
     def __len__(self) -> int:
         return int(self.x.shape[0])
 
+    def take(self, keep: Tensor) -> _Found:
+        """The samples where `keep` is set."""
+        return _Found(*(value[keep] for value in vars(self).values()))
+
     def join(self, other: _Found) -> _Found:
+        """These samples and `other`'s."""
         return _Found(*(torch.cat([a, getattr(other, n)]) for n, a in vars(self).items()))
 
 
@@ -372,9 +381,7 @@ def _single_sample(head: _Head, batch_size: int | None, given: Tensor | None) ->
     target = torch.softmax(logits, 0) - delta
     label = target.argmax()
     gap = target - targets_of(label[None], len(target), head.label_smoothing, target.dtype)[0]
-    values = torch.stack(
-        [mixed, gap.norm() / square.sqrt(), square.sqrt(), logits.abs().max(), label.double()]
-    )
+    values = torch.stack([mixed, gap.norm() / square.sqrt(), square.sqrt(), logits.abs().max(), label.double()])
     rank_gap, residual, size, reach, y = values.tolist()  # the only synchronisation
     limit = _SAFETY * head.rounding * max(1.0, reach) * max(1.0, 1.0 / size)
     if not (rank_gap <= _SAFETY * head.rounding and residual <= min(limit, _CERTIFICATE_LIMIT)):
@@ -394,10 +401,14 @@ def _separate(head: _Head, batch_size: int | None, given: Tensor | None) -> Head
     if expected is not None:
         rank = min(rank, expected)
     head.batch_size = rank if expected is None else expected
+    head.weight_known = expected is not None or head.reduction == "sum"
     _truncate(head, spectrum, rank)
     found = _search(head, given)
     if expected is None:
-        head.batch_size = _batch_size_of(found, head.reduction) or rank
+        size = _batch_size_of(found, head.reduction)
+        if size is None:  # no batch has such weights: keep what occurs once in a batch of `rank`
+            found = found.take((found.weights * rank - 1).abs() <= _WHOLE)
+        head.batch_size = size or rank
     return _assemble(head, found)
 
 
@@ -422,9 +433,7 @@ def _truncate(head: _Head, spectrum: Tensor, rank: int) -> None:
     measured = len(spectrum) - rank >= 2
     least = torch.finfo(torch.float64).eps if measured else head.rounding
     head.noise = max(tail, least * float(spectrum[0]))
-    head.factors = HeadFactors(
-        full.u[:, :rank], full.s[:rank], full.vh[:rank], full.weight, full.offset, full.kappa
-    )
+    head.factors = HeadFactors(full.u[:, :rank], full.s[:rank], full.vh[:rank], full.weight, full.offset, full.kappa)
     head.system = RootSystem.build(head.factors)
 
 
@@ -536,9 +545,7 @@ def _search_roots(head: _Head, given: Tensor | None) -> _Found:
     return found
 
 
-def _round(
-    head: _Head, factors: HeadFactors, classes: Tensor, starts: int, first: bool, paired: bool
-) -> _Found:
+def _round(head: _Head, factors: HeadFactors, classes: Tensor, starts: int, first: bool, paired: bool) -> _Found:
     """Try every class from several starts; polish and certify what comes close to a root."""
     system = RootSystem.build(factors)
     tried = classes.repeat_interleave(starts)
@@ -574,17 +581,20 @@ def _refined(head: _Head, x: Tensor, labels: Tensor, paired: bool) -> _Found:
     start = (_centred_logits(factors, p) - system.base) @ system.g
     scale = torch.full_like(weight, float(paired))
     for _ in range(2):  # the second time, the pairing equation counts as much as its noise allows
-        roots = solve_roots(
-            system, target, weight, start, scale=scale, iterations=40, tolerance=1e-16, damping=1e-6
-        )
+        roots = solve_roots(system, target, weight, start, scale=scale, iterations=40, tolerance=1e-16, damping=1e-6)
         off_span, pairing = _limits(head, factors, roots)
         scale = float(paired) * (off_span * roots.size / pairing).clamp(max=1.0)
         start = (_centred_logits(factors, roots.p) - system.base) @ system.g
     good, residual = _certified(head, factors, roots, paired)
     good &= roots.pairing > 0
     level = off_span / _SAFETY * roots.size
+    if not head.weight_known:  # samples too well classified to be seen would make the weight smaller than 1/rank
+        scale = torch.zeros_like(scale)
     accuracy = level * root_spread(factors, system, roots, target, weight, scale)
-    good &= accuracy <= _ACCURACY
+    good &= accuracy <= min(_ACCURACY_LIMIT, _ACCURACY_IN_ROUNDINGS * head.rounding)
+    if head.weight_known:
+        times = 1 / roots.pairing  # how often a sample of unknown weight occurs
+        good &= (times - times.round()).abs() <= _WHOLE
     keep = _distinct(roots, good, residual)
     return _collect(factors, roots, labels, residual, keep, head.sample_weight, rescale=not paired)
 
@@ -628,15 +638,21 @@ def _search_joint(head: _Head, given: Tensor | None, found: _Found) -> _Found | 
         start = head.normal(h, r, k) * spread[:, None, None]
         solution = solve_joint(system, tried, head.sample_weight, start, label_smoothing=head.label_smoothing)
         best = int(solution.cost.argmin())
-        rest = _joint_samples(head, factors, system, solution.p[best], solution.labels[best])
-        if rest is not None:
+        rest = _joint_samples(head, factors, solution.p[best], solution.labels[best])
+        if rest is not None and (head.weight_known or not _fits_smaller_weight(head, system, solution, best)):
             return rest
     return None
 
 
-def _joint_samples(
-    head: _Head, factors: HeadFactors, system: RootSystem, p: Tensor, labels: Tensor
-) -> _Found | None:
+def _fits_smaller_weight(head: _Head, system: RootSystem, solution: JointSolution, best: int) -> bool:
+    """Whether ``w = 1/(B+1)`` explains the gradient just as well: then neither B nor the samples are proved."""
+    weight = 1.0 / (head.batch_size + 1)
+    start = torch.linalg.lstsq(system.t, (solution.p[best] - system.p0).mT).solution.mT
+    other = solve_joint(system, solution.labels[best][None], weight, start[None], label_smoothing=head.label_smoothing)
+    return bool(other.cost[0] <= max(1e-6, 10 * float(solution.cost[best])))
+
+
+def _joint_samples(head: _Head, factors: HeadFactors, system: RootSystem, p: Tensor, labels: Tensor) -> _Found | None:
     """Certify a joint solution: every sample's own equations, and ``q_a^T p_b = 0`` between samples."""
     slope = factors.weight @ (factors.vh.mT * factors.s)
     logits = p @ slope.mT + factors.offset
@@ -698,7 +714,7 @@ def _label_hypotheses(
         if rest is not None:  # k_y = sum softmax_y - db_y / w > -db_y / w
             lower = torch.ceil(-rest / head.sample_weight - 1e-6).clamp_min(0).long().cpu()
         estimate = _estimated_counts(head, factors, rest).cpu()
-        limit = max(1, min(_HYPOTHESES, 4 * budget))
+        limit = max(1, min(_HYPOTHESES, _HYPOTHESIS_WORK // r**6))
         if r > n - 2:  # at the very limit the equations are too stiff for many tries to pay
             limit = min(limit, _HYPOTHESES // 4)
         rows = [

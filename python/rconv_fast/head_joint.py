@@ -147,9 +147,7 @@ def _evaluate(system: RootSystem, target: Tensor, weight: float, z: Tensor) -> _
 def _step(system: RootSystem, state: _State, weight: float, damping: Tensor) -> Tensor:
     h, r, k = state.z.shape
     # d softmax_b = (diag(s) - s s^T) G dz_b
-    jacobian = state.softmax[..., None] * (
-        system.g - (state.softmax @ system.g)[..., None, :]
-    )  # [h, r, n, k]
+    jacobian = state.softmax[..., None] * (system.g - (state.softmax @ system.g)[..., None, :])  # [h, r, n, k]
     inside = system.u.mT @ jacobian  # [h, r, r, k]
     jacobian = jacobian - system.u @ inside
     dq = weight * inside

@@ -158,9 +158,7 @@ class Roots:
 
 def targets_of(labels: Tensor, n_classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
     """One row ``(1 - eps) e_y + eps / n`` for each label, shape (m, n)."""
-    target = torch.full(
-        (labels.shape[0], n_classes), label_smoothing / n_classes, dtype=dtype, device=labels.device
-    )
+    target = torch.full((labels.shape[0], n_classes), label_smoothing / n_classes, dtype=dtype, device=labels.device)
     target.scatter_add_(1, labels[:, None], torch.full_like(target[:, :1], 1.0 - label_smoothing))
     return target
 
@@ -249,8 +247,10 @@ def root_spread(
     if normal.shape[-1] == 0:  # one sample and a bias: p is fixed by t^T p = kappa
         return torch.zeros_like(weight)
     move = factors.s[:, None] * system.t
-    inverse = torch.linalg.pinv(normal, hermitian=True)
-    trace = torch.einsum("ri,mij,rj->m", move, inverse, move).clamp_min(0)
+    values, vectors = torch.linalg.eigh(normal)
+    # a direction without any equation counts as badly determined, not as absent
+    values = torch.maximum(values, torch.finfo(values.dtype).eps * values[:, -1:]).clamp_min(1e-300)
+    trace = ((move @ vectors).square().sum(1) / values).sum(1)
     directions = max(1, factors.n_classes - 1 - factors.rank)
     return (trace / directions).sqrt() / (roots.p * factors.s).norm(dim=1)
 

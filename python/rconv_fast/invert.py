@@ -17,9 +17,9 @@ from rconv_fast.head import rounding_of
 from rconv_fast.heads import HeadCandidate, head_candidates
 from rconv_fast.layers.rules import ActivationRule
 from rconv_fast.polish import polish
-from rconv_fast.progress import progress_callback
+from rconv_fast.progress import Event, progress_callback
 from rconv_fast.solve import PRIORS
-from rconv_fast.walk import Event, LayerReport, Walk
+from rconv_fast.walk import LayerReport, Walk
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,
@@ -214,9 +214,7 @@ def _conclude(walk: Walk, inputs: Tensor, head: HeadCandidate, residual: float, 
     notes = list(head.notes)
     if open_layers and not matched:
         determined = torch.zeros_like(determined)
-        notes.append(
-            f"the inputs of {', '.join(open_layers)} are not determined, so nothing before them is proven"
-        )
+        notes.append(f"the inputs of {', '.join(open_layers)} are not determined, so nothing before them is proven")
     contradicted = [r for r in walk.reports.values() if r.residual > CONTRADICTION]
     if contradicted and not matched:
         determined = torch.zeros_like(determined)
@@ -252,9 +250,7 @@ def gradient_residual(
         for p in parameters.values():
             p.requires_grad_(True)
         outputs = model(inputs)
-        value = LOSSES[loss](
-            outputs, labels if loss == "cross_entropy" else labels.to(outputs).reshape(outputs.shape)
-        )
+        value = LOSSES[loss](outputs, labels if loss == "cross_entropy" else labels.to(outputs).reshape(outputs.shape))
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     miss = size = 0.0
     for name, g in zip(parameters, found, strict=True):
@@ -276,9 +272,7 @@ def forward_activations(graph: Graph, inputs: Tensor) -> dict[str, Tensor]:
 def _check_arguments(
     model: nn.Module, input_shape: Sequence[int], loss: str, prior: str | None, batch_size: int | None
 ) -> tuple[int, ...]:
-    require_type(
-        isinstance(model, nn.Module), "invert", "model", "be a torch.nn.Module", type(model).__name__
-    )
+    require_type(isinstance(model, nn.Module), "invert", "model", "be a torch.nn.Module", type(model).__name__)
     require(any(True for _ in model.parameters()), "invert", "model", "have parameters", "none")
     shape = tuple(int(size) for size in input_shape)
     require(len(shape) >= 1 and min(shape) >= 1, "invert", "input_shape", "be one sample's shape", shape)
@@ -288,9 +282,7 @@ def _check_arguments(
     return shape
 
 
-def _named_gradients(
-    model: nn.Module, gradients: Mapping[str, Tensor] | Sequence[Tensor]
-) -> dict[str, Tensor]:
+def _named_gradients(model: nn.Module, gradients: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
     """Gradients by parameter name, checked one by one."""
     parameters = dict(model.named_parameters())
     if isinstance(gradients, Mapping):

@@ -46,9 +46,7 @@ class Axis:
     def n_meetings(self) -> int:
         """Pairs (r, e) that meet inside the input, counted along the shorter side."""
         if self.n_rows <= self.n_entries:
-            return sum(
-                self._met(r * self.row_step, self.entry_step, self.n_entries) for r in range(self.n_rows)
-            )
+            return sum(self._met(r * self.row_step, self.entry_step, self.n_entries) for r in range(self.n_rows))
         return sum(self._met(e * self.entry_step, self.row_step, self.n_rows) for e in range(self.n_entries))
 
     def _met(self, offset: int, step: int, count: int) -> int:
@@ -103,9 +101,7 @@ class ConstraintLayout:
             )
         )
         n_channels, n_entries = geometry.in_channels // geometry.groups, geometry.n_taps
-        return cls(
-            geometry.out_channels, n_channels, geometry.groups, n_channels * n_entries, n_entries, axes
-        )
+        return cls(geometry.out_channels, n_channels, geometry.groups, n_channels * n_entries, n_entries, axes)
 
     @classmethod
     def from_numbers(cls, numbers: Sequence[int]) -> ConstraintLayout:

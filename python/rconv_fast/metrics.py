@@ -137,7 +137,5 @@ def match_samples(recovered: Tensor, originals: Tensor) -> Tensor:
 
 def _check_pair(function: str, recovered: Tensor, original: Tensor) -> None:
     shape = tuple(original.shape)
-    require(
-        tuple(recovered.shape) == shape, function, "recovered", f"have shape {shape}", tuple(recovered.shape)
-    )
+    require(tuple(recovered.shape) == shape, function, "recovered", f"have shape {shape}", tuple(recovered.shape))
     require(recovered.numel() > 0, function, "recovered", "not be empty", tuple(recovered.shape))

@@ -252,9 +252,7 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {
 """All factories by name; each can be called without arguments."""
 
 
-def _lenet(
-    function: str, filters: Sequence[int], activations: Sequence[str], options: Options
-) -> nn.Sequential:
+def _lenet(function: str, filters: Sequence[int], activations: Sequence[str], options: Options) -> nn.Sequential:
     """Build the four 5x5 "same" convolutions, the first two of stride 2, that all LeNets here share."""
     strides = (2, 2, 1, 1)
     convs = [_Conv(n, 5, s, 2, name) for n, s, name in zip(filters, strides, activations, strict=True)]
@@ -264,9 +262,7 @@ def _lenet(
 def _chain(function: str, convs: Sequence[_Conv], options: Options, bias: bool = True) -> nn.Sequential:
     """Build convolutions with activations, a flatten and one linear layer, and draw the parameters."""
     unknown = sorted(options.keys() - Options.__annotations__.keys())
-    require(
-        not unknown, function, "options", f"be among {', '.join(Options.__annotations__)}", ", ".join(unknown)
-    )
+    require(not unknown, function, "options", f"be among {', '.join(Options.__annotations__)}", ", ".join(unknown))
     n_classes, channels = options.get("n_classes", 100), options.get("in_channels", 3)
     init, dtype = options.get("init", "uniform"), options.get("dtype", torch.float64)
     size = (options.get("image_size", 32),) * 2
@@ -278,9 +274,7 @@ def _chain(function: str, convs: Sequence[_Conv], options: Options, bias: bool =
     # On the meta device torch's own initialisation draws nothing, so the global random state stays as it is.
     with torch.device("meta"):
         for i, conv in enumerate(convs, start=1):
-            require(
-                conv.activation in ACTIVATIONS, function, "activation", f"be one of {names}", conv.activation
-            )
+            require(conv.activation in ACTIVATIONS, function, "activation", f"be one of {names}", conv.activation)
             shape = (conv.kernel, conv.stride, conv.padding)
             geometry = ConvGeometry.create(function, channels, conv.filters, size, *shape)
             layers[f"conv{i}"] = nn.Conv2d(channels, conv.filters, *shape, bias=bias, dtype=dtype)

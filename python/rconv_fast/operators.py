@@ -47,9 +47,7 @@ def apply_gradient(geometry: ConvGeometry, x: Tensor, grad_output: Tensor) -> Te
     return _convolution_backward(geometry, grad_output, x, x.new_empty(1).expand(shape), 1)
 
 
-def _convolution_backward(
-    geometry: ConvGeometry, grad_output: Tensor, x: Tensor, weight: Tensor, which: int
-) -> Tensor:
+def _convolution_backward(geometry: ConvGeometry, grad_output: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
     """One of the gradients of a convolution: in the input (`which` 0) or in the weight (1)."""
     mask = [which == 0, which == 1, False]
     gradients: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
@@ -70,7 +68,4 @@ def _convolution_backward(
 
 def _is_linear(geometry: ConvGeometry) -> bool:
     """A fully connected layer: one position, one offset; a matrix product is faster than a convolution."""
-    return (
-        geometry.n_input == geometry.n_taps == geometry.n_output == geometry.groups == 1
-        and geometry.padding == (0,)
-    )
+    return geometry.n_input == geometry.n_taps == geometry.n_output == geometry.groups == 1 and geometry.padding == (0,)

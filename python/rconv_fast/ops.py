@@ -26,7 +26,6 @@ geometry alone: whoever builds many matrices of one layer asks for it once.
 from __future__ import annotations
 
 import operator
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -35,9 +34,10 @@ import torch
 from torch import Tensor
 
 from rconv_fast.backends import backend_for
-from rconv_fast.errors import ArgumentError, SystemTooLargeError, require, require_type
+from rconv_fast.errors import ArgumentError, require, require_type
 from rconv_fast.geometry import ConvGeometry, Size
 from rconv_fast.layout import ConstraintLayout
+from rconv_fast.memory import require_memory
 
 __all__ = ["gradient_components", "gradient_constraints", "weight_components", "weight_constraints"]
 
@@ -251,14 +251,10 @@ def _gradient_numbers_of(
     groups: int,
 ) -> Numbers:
     name = "gradient_constraints"
-    require(
-        3 <= len(shape) <= 5, name, "grad_output", "have shape (B, F, *out) with 1 to 3 spatial axes", shape
-    )
+    require(3 <= len(shape) <= 5, name, "grad_output", "have shape (B, F, *out) with 1 to 3 spatial axes", shape)
     require(shape[1] >= 1, name, "grad_output", "have at least one filter", shape)
     batch, n_filters, *out_size = shape
-    geometry = ConvGeometry.create(
-        name, groups, n_filters, input_size, kernel_size, stride, padding, dilation, groups
-    )
+    geometry = ConvGeometry.create(name, groups, n_filters, input_size, kernel_size, stride, padding, dilation, groups)
     expected = f"(B, F, {', '.join(map(str, geometry.out_size))})"
     fits = tuple(out_size) == geometry.out_size
     require(fits, name, "grad_output", f"have shape {expected} for this geometry", shape)
@@ -277,9 +273,7 @@ def _weight_numbers_of(
 ) -> tuple[Numbers, Size]:
     """Return the layout's numbers and the shape a mask must have."""
     name = "weight_constraints"
-    require(
-        3 <= len(shape) <= 5, name, "weight", "have shape (F, C/groups, *K) with 1 to 3 spatial axes", shape
-    )
+    require(3 <= len(shape) <= 5, name, "weight", "have shape (F, C/groups, *K) with 1 to 3 spatial axes", shape)
     require(min(shape) >= 1, name, "weight", "have at least one element", shape)
     n_filters, n_channels, *kernel_size = shape
     geometry = ConvGeometry.create(
@@ -300,16 +294,11 @@ def _require_memory(function: str, values: Tensor, numbers: Numbers) -> None:
     layout = _layout_of(numbers)
     index_bytes = layout.index_dtype.itemsize
     need = layout.nnz * (values.element_size() + index_bytes) + layout.n_rows * index_bytes
-    limit = _CPU_MEMORY
-    if values.is_cuda:
-        limit = torch.cuda.get_device_properties(values.device).total_memory
-    if need > limit:
-        raise SystemTooLargeError(
-            f"{function}: the matrix must fit in {limit} bytes of memory, got {need} bytes"
-        )
+    if need > _ALWAYS_FITS:  # asking the system costs more than building a small matrix
+        require_memory(function, "the matrix", need, values.device)
 
 
-_CPU_MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+_ALWAYS_FITS = 2**26
 
 
 def _static(shape: Sequence[int]) -> Size:

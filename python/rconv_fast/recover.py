@@ -138,9 +138,7 @@ def recover_conv_input(
     geometry = _geometry(grad_weight, grad_output, input_size, stride, padding, dilation, groups)
     require(bool(grad_output.any()), FUNCTION, "grad_output", "not be zero", "a zero gradient")
     require(solver in SOLVERS, FUNCTION, "solver", f"be one of {', '.join(SOLVERS)}", repr(solver))
-    rows: list[Rows] = [
-        GradientRows.create(geometry, grad_weight.detach().to(dtype), grad_output.detach().to(dtype))
-    ]
+    rows: list[Rows] = [GradientRows.create(geometry, grad_weight.detach().to(dtype), grad_output.detach().to(dtype))]
     if output is not None or known is not None:
         rows.append(_weight_rows(geometry, grad_output, weight, bias, output, known, dtype))
     shape = torch.Size((len(grad_output), geometry.in_channels, *geometry.input_size))
@@ -222,9 +220,7 @@ def _weight_rows(
     )
     values = output.detach().to(dtype)
     if bias is not None:
-        require(
-            tuple(bias.shape) == shape[:1], FUNCTION, "bias", f"have shape {shape[:1]}", tuple(bias.shape)
-        )
+        require(tuple(bias.shape) == shape[:1], FUNCTION, "bias", f"have shape {shape[:1]}", tuple(bias.shape))
         values = values - bias.detach().to(dtype).reshape(1, -1, *(1,) * geometry.ndim)
     if known is None:
         mask = torch.ones_like(values)

@@ -24,9 +24,7 @@ def import_cupy(purpose: str) -> Any:
         return importlib.import_module("cupy")
     except ImportError as error:
         extra = "cu12" if (torch.version.cuda or "").startswith("12") else "cu13"
-        built = (
-            f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch has no CUDA"
-        )
+        built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch has no CUDA"
         raise MissingDependencyError(
             f'{purpose}: cupy must be installed, got none; pip install "rconv-fast[{extra}]" ({built})'
         ) from error

@@ -25,9 +25,7 @@ def geometry(
     groups: int = 1,
 ) -> ConvGeometry:
     """Return a ``ConvGeometry`` from ``(in_channels, out_channels)`` and sizes."""
-    return ConvGeometry.create(
-        "geometry", *channels, input_size, kernel_size, stride, padding, dilation, groups
-    )
+    return ConvGeometry.create("geometry", *channels, input_size, kernel_size, stride, padding, dilation, groups)
 
 
 GEOMETRIES: dict[str, ConvGeometry] = {
@@ -139,9 +137,7 @@ def brute_force_weight_constraints(geometry: ConvGeometry, weight: Tensor) -> Te
     """Return the dense weight-constraint matrix, from the definition: a loop over every pair of indices."""
     n_filters = geometry.out_channels // geometry.groups
     n_channels = geometry.in_channels // geometry.groups
-    matrix = weight.new_zeros(
-        geometry.out_channels, *geometry.out_size, geometry.in_channels, *geometry.input_size
-    )
+    matrix = weight.new_zeros(geometry.out_channels, *geometry.out_size, geometry.in_channels, *geometry.input_size)
     for u, k, i in _meetings(geometry):
         for f in range(geometry.out_channels):
             for c in range(n_channels):

@@ -86,9 +86,7 @@ def gradients_from_update(
         "be 0 (an update with momentum mixes in earlier gradients)",
         momentum,
     )
-    require(
-        steps == 1, _FUNCTION, "steps", "be 1 (several steps add gradients taken at different weights)", steps
-    )
+    require(steps == 1, _FUNCTION, "steps", "be 1 (several steps add gradients taken at different weights)", steps)
     old = _by_name("before", before, names)
     new = _by_name("after", after, names)
     missing, extra = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
@@ -142,9 +140,7 @@ def _by_name(argument: str, state: State, names: Sequence[str] | None) -> dict[s
     tensors = {}
     for name, value in state.items():
         kind = type(value).__name__
-        require_type(
-            isinstance(value, Tensor | np.ndarray), _FUNCTION, f"{argument}[{name!r}]", "be a tensor", kind
-        )
+        require_type(isinstance(value, Tensor | np.ndarray), _FUNCTION, f"{argument}[{name!r}]", "be a tensor", kind)
         tensors[name] = torch.as_tensor(value)
     return tensors
 

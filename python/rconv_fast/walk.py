@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rconv_fast.errors import UnsupportedModelError
+from rconv_fast.errors import InterruptedInversionError, UnsupportedModelError
 from rconv_fast.graph import Graph, Step
 from rconv_fast.layers.bounds import flat_rows
 from rconv_fast.layers.knowledge import Knowledge
@@ -24,7 +24,9 @@ from rconv_fast.layers.rules import (
     linear_map_rows,
 )
 from rconv_fast.layers.snap import THRESHOLD_FACTOR, snap
-from rconv_fast.solve import PointRows, Rows, Solution, System, apply_prior, solve
+from rconv_fast.progress import Event
+from rconv_fast.solve import PointRows, Rows, Solution, System, apply_prior, solve, solve_nonnegative
+from rconv_fast.solve.krylov import InterruptedSolve
 
 # Thresholds tried, in units of the noise, when a layer's equations contradict the first choice.
 RETRY_FACTORS = (1.0, 30.0, 0.1, 300.0)
@@ -44,17 +46,6 @@ class LayerReport:
     solver: str
     seconds: float
     iterations: int = 0
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress of the recursion: which layer, doing what, and how far."""
-
-    layer: str
-    stage: str
-    iteration: int = 0
-    total: int | None = None
-    residual: float | None = None
 
 
 @dataclass
@@ -99,8 +90,16 @@ class Walk:
         if head_input is not None and output.inputs:
             self.values[output.inputs[0]] = head_input
         for name in reversed(list(self.graph.steps)[:-1]):
-            self.settle(self.graph.steps[name])
+            self._settle_or_stop(self.graph.steps[name])
         return self.values[self.graph.input]
+
+    def _settle_or_stop(self, step: Step) -> None:
+        """Settle a step; Ctrl-C leaves with what is known."""
+        try:
+            self.settle(step)
+        except KeyboardInterrupt as interrupt:
+            partial = interrupt.x if isinstance(interrupt, InterruptedSolve) else None
+            raise InterruptedInversionError(self._layer_of(step)[0], self._features(), partial) from None
 
     def settle(self, step: Step) -> None:
         """Find the gradient of one step's tensor, and its values where they follow."""
@@ -124,7 +123,7 @@ class Walk:
             self._snap(step)
 
     def _gradient_covered(self, step: Step, known: Knowledge) -> bool:
-        """Whether only values that pass no gradient are open: no layer in front of an activation needs them."""
+        """Whether only values that pass no gradient are open: no layer before an activation needs them."""
         if not isinstance(step.rule, ActivationRule):
             return False
         return not bool(self.grads[step.name][known.weight == 0].any())
@@ -155,13 +154,16 @@ class Walk:
         return self.grads[self.graph.output]
 
     def _stop(self, step: Step, reason: str) -> UnsupportedModelError:
-        features = {
+        return UnsupportedModelError(step.label, reason, self._features())
+
+    def _features(self) -> dict[str, Tensor]:
+        """The layer inputs recovered so far, by layer name."""
+        return {
             self.graph.steps[consumer].label: self.values[name]
             for name in self.values
             for consumer, _ in self.graph.consumers[name]
             if isinstance(self.graph.steps[consumer].rule, ConvRule)
         }
-        return UnsupportedModelError(step.label, reason, features)
 
     def knowledge(self, name: str) -> Knowledge | None:
         """What is known of a step's values one by one: recovered, or following from the steps behind it."""
@@ -201,9 +203,7 @@ class Walk:
         rule = self.graph.steps[name].rule
         shape = torch.Size((step.shape[0], step.shape[1], *(step.shape[2:] or (1,))))
         rows = rule.rows(self.grads[name], self.knowledge(name), shape)
-        for behind, _ in self.graph.consumers[
-            name
-        ]:  # a convolution, then an average: their product is linear
+        for behind, _ in self.graph.consumers[name]:  # a convolution, then an average: their product is linear
             average = self.graph.steps[behind]
             if isinstance(rule, ConvRule) and isinstance(average.rule, AverageRule):
                 forward = self._composed(self.graph.steps[name], average, step.shape)
@@ -220,13 +220,14 @@ class Walk:
         label, kind = self._layer_of(step)
         self.progress(Event(label, "solve"))
         best = self._solve_once(step, rows, known, label)
-        bar = max(1e3 * self.precision, 1e-9)
+        bar = self._bar()
         chosen = self._threshold_step(step)
         if best.residual > bar and best.converged and best.rows > best.unknowns and chosen is not None:
             best = self._retry(step, chosen, best, bar, label)
         if self.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
             self.progress(Event(label, f"prior {self.prior}"))
             inequalities = flat_rows(self.graph, self.values, step.name)
+            rows = [rows for name, _ in self.graph.consumers[step.name] for rows in self._rows(name, step)]
             best = apply_prior(self._system(step, rows, known), best, self.prior, inequalities)
         shape = step.shape
         self.values[step.name] = best.x.reshape(shape)
@@ -254,11 +255,34 @@ class Walk:
         return System(shape, tuple(rows), support)
 
     def _solve_once(self, step: Step, rows: list[Rows], known: Knowledge | None, label: str) -> Solution:
-        return solve(
-            self._system(step, rows, known),
+        system = self._system(step, rows, known)
+        found = solve(
+            system,
             rtol=max(1e-15, 1e-3 * self.precision),
             progress=lambda i, r: self.progress(Event(label, "solve", i, None, r)),
         )
+        bar = self._bar()
+        settled = found.converged and (bool(found.determined.all()) or found.residual > bar)
+        if settled or not self._never_negative(step):
+            return found
+        return solve_nonnegative(
+            system,
+            found,
+            tolerance=bar,
+            progress=lambda i, r: self.progress(Event(label, "nonnegative", i, None, r)),
+        )
+
+    def _bar(self) -> float:
+        """Relative residual up to which equations agree with each other."""
+        return max(1e3 * self.precision, 1e-9)
+
+    def _never_negative(self, step: Step) -> bool:
+        """Whether a step's values are outputs of activations that have 0 as their low flat piece, moved about."""
+        if isinstance(step.rule, RearrangeRule):
+            return all(self._never_negative(self.graph.steps[name]) for name in step.inputs)
+        if not isinstance(step.rule, ActivationRule):
+            return False
+        return step.rule.activation.low == 0 and 0.0 in step.rule.activation.flats
 
     def _layer_of(self, step: Step) -> tuple[str, str]:
         """Name and kind of the layer(s) whose input a step is."""
@@ -290,9 +314,7 @@ class Walk:
                 return best
         return self._with_factor(step, chosen, between, best_factor, label)
 
-    def _with_factor(
-        self, step: Step, chosen: Step, between: list[str], factor: float, label: str
-    ) -> Solution:
+    def _with_factor(self, step: Step, chosen: Step, between: list[str], factor: float, label: str) -> Solution:
         self.factors[chosen.name] = factor
         for name in (*between, step.name):
             self.values.pop(name, None)

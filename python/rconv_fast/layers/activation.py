@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +67,7 @@ def sigmoid() -> Activation:
 
 def log_sigmoid() -> Activation:
     """``A' = 1 - exp(a)``."""
-    return Activation(
-        "LogSigmoid", lambda a: a - torch.log(-torch.expm1(a)), lambda a: -torch.expm1(a), high=0.0
-    )
+    return Activation("LogSigmoid", lambda a: a - torch.log(-torch.expm1(a)), lambda a: -torch.expm1(a), high=0.0)
 
 
 def tanh() -> Activation:
@@ -164,12 +163,16 @@ def relu() -> Activation:
     return clamp("ReLU", low=0.0)
 
 
+# torch's backward of hardsigmoid rounds 1/6 to float32 in float64 too.
+HARDSIGMOID_SLOPE = float(torch.tensor(1 / 6, dtype=torch.float32))
+
+
 def hardsigmoid() -> Activation:
     """``a = clamp(o / 6 + 1/2, 0, 1)``, ``A' = 1/6`` between the ends."""
     return Activation(
         "Hardsigmoid",
         lambda a: 6 * a - 3,
-        lambda a: _step((a > 0) & (a < 1), a, 1 / 6, 0.0),
+        lambda a: _step((a > 0) & (a < 1), a, HARDSIGMOID_SLOPE, 0.0),
         0.0,
         1.0,
         kinks=(0.0, 1.0),
@@ -202,7 +205,7 @@ def of_module(module: nn.Module) -> Activation | None:
             return tanh()
         case nn.Softsign():
             return softsign()
-        case nn.Softplus():
+        case nn.Softplus() if module.beta > 0:
             return softplus(module.beta, module.threshold)
         case nn.ELU() if module.alpha > 0:
             return elu(module.alpha)
@@ -217,33 +220,37 @@ def of_module(module: nn.Module) -> Activation | None:
     return None
 
 
-# Functional forms: the arguments after the tensor, by torch's names and defaults, build the same activation.
-FUNCTIONS: dict[str, Callable[..., Activation]] = {
-    "relu": lambda inplace=False: relu(),
-    "relu_": relu,
-    "relu6": lambda inplace=False: clamp("ReLU6", 0.0, 6.0),
-    "hardtanh": lambda min_val=-1.0, max_val=1.0, inplace=False: clamp("Hardtanh", min_val, max_val),
-    "clamp": lambda min=None, max=None: clamp(
-        "Hardtanh", -math.inf if min is None else min, math.inf if max is None else max
-    ),
-    "leaky_relu": lambda negative_slope=0.01, inplace=False: leaky_relu(negative_slope),
-    "sigmoid": sigmoid,
-    "logsigmoid": log_sigmoid,
-    "tanh": tanh,
-    "atan": arctan,
-    "arctan": arctan,
-    "softsign": softsign,
-    "softplus": softplus,
-    "elu": lambda alpha=1.0, inplace=False: elu(alpha),
-    "selu": lambda inplace=False: elu(1.6732632423543772848170429916717, 1.0507009873554804934193349852946),
-    "celu": lambda alpha=1.0, inplace=False: celu(alpha),
-    "hardsigmoid": lambda inplace=False: hardsigmoid(),
+# Functional forms and the modules that compute the same: those take the same arguments after the tensor.
+FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu_": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardtanh": nn.Hardtanh,
+    "leaky_relu": nn.LeakyReLU,
+    "sigmoid": nn.Sigmoid,
+    "logsigmoid": nn.LogSigmoid,
+    "tanh": nn.Tanh,
+    "softsign": nn.Softsign,
+    "softplus": nn.Softplus,
+    "elu": nn.ELU,
+    "selu": nn.SELU,
+    "celu": nn.CELU,
+    "hardsigmoid": nn.Hardsigmoid,
 }
 
 NOT_MONOTONE = ("gelu", "silu", "mish", "hardswish", "glu")
 
 
-def of_function(name: str, *args: object, **kwargs: object) -> Activation | None:
+def of_function(name: str, *args: Any, **kwargs: Any) -> Activation | None:
     """The activation a functional or method call computes, or None if it isn't one we can invert."""
+    if name in ("atan", "arctan"):
+        return arctan()
+    if name == "clamp":
+        return _clamp_call(*args, **kwargs)
     build = FUNCTIONS.get(name)
-    return build(*args, **kwargs) if build is not None else None
+    return of_module(build(*args, **kwargs)) if build is not None else None
+
+
+def _clamp_call(min: float | None = None, max: float | None = None) -> Activation:
+    """``torch.clamp``, with torch's names of its arguments."""
+    return clamp("clamp", -math.inf if min is None else min, math.inf if max is None else max)

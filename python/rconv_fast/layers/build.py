@@ -132,9 +132,7 @@ def module_rule(module: nn.Module, call: Call) -> Rule | None:
 def unsupported(kind: str) -> UnsupportedRule:
     """The reason why a kind of layer stops the recursion."""
     if kind.lower() in activation.NOT_MONOTONE:
-        return UnsupportedRule(
-            kind, f"{kind}, which is not monotone: its derivative is no function of its output"
-        )
+        return UnsupportedRule(kind, f"{kind}, which is not monotone: its derivative is no function of its output")
     for part, reason in WHY_NOT.items():
         if part.lower() in kind.lower().replace("_", ""):
             return UnsupportedRule(kind, f"{kind}: {reason}")
@@ -160,9 +158,7 @@ def conv_rule(
         "invert", x.shape[1], len(weight), x.shape[2:], weight.shape[2:], stride, padding, dilation, groups
     )
     detached = bias.detach() if bias is not None else None
-    return ConvRule(
-        kind, geometry, weight.detach(), detached, call.gradient_of(weight), call.gradient_of(bias)
-    )
+    return ConvRule(kind, geometry, weight.detach(), detached, call.gradient_of(weight), call.gradient_of(bias))
 
 
 def linear_rule(kind: str, call: Call, weight: Tensor, bias: Tensor | None) -> Rule:
@@ -186,18 +182,14 @@ def batch_norm_rule(module: Any, call: Call) -> Rule:
     """``y = (x - mean) / sqrt(var + eps) * weight + bias`` with the running statistics."""
     kind = type(module).__name__
     if module.training or module.running_mean is None:
-        return UnsupportedRule(
-            kind, "batch norm in training mode, whose statistics are those of the private batch"
-        )
+        return UnsupportedRule(kind, "batch norm in training mode, whose statistics are those of the private batch")
     (x,) = call.operands
     shape = (1, -1) + (1,) * (x.ndim - 2)
     scale = (module.running_var + module.eps).rsqrt()
     shift = -module.running_mean * scale
     if module.affine:
         scale, shift = scale * module.weight, shift * module.weight + module.bias
-    return AffineRule(
-        kind, scale.detach().reshape(shape), shift.detach().reshape(shape), call.gradient_of(module.bias)
-    )
+    return AffineRule(kind, scale.detach().reshape(shape), shift.detach().reshape(shape), call.gradient_of(module.bias))
 
 
 def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:

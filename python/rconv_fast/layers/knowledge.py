@@ -32,6 +32,4 @@ class Knowledge:
     def merge(self, other: Knowledge) -> Knowledge:
         """Value by value, the better known of the two."""
         better = other.weight > self.weight
-        return Knowledge(
-            torch.where(better, other.value, self.value), torch.where(better, other.weight, self.weight)
-        )
+        return Knowledge(torch.where(better, other.value, self.value), torch.where(better, other.weight, self.weight))

@@ -171,9 +171,7 @@ class RearrangeRule(Rule):
         for operand in range(len(operands)):
             indices = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in operands]
             count = operands[operand].numel()
-            indices[operand] = torch.arange(
-                1.0, count + 1, dtype=torch.float64, device=operands[operand].device
-            )
+            indices[operand] = torch.arange(1.0, count + 1, dtype=torch.float64, device=operands[operand].device)
             indices[operand] = indices[operand].reshape(operands[operand].shape)
             sources.append(forward(*indices).long())
         return cls(kind, tuple(sources), tuple(x.shape for x in operands))

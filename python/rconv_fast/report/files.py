@@ -56,6 +56,16 @@ def save_inputs(path: Path, inputs: Tensor, labels: Tensor | None) -> None:
     save_file(tensors, path)
 
 
+def save_partial(path: Path, features: Mapping[str, Tensor], partial: Tensor | None) -> None:
+    """Write what an interrupted inversion knew: recovered layer inputs, and the iterate it was at."""
+    from safetensors.torch import save_file
+
+    tensors = {f"input of {layer}": value.detach().cpu().contiguous().clone() for layer, value in features.items()}
+    if partial is not None:
+        tensors["iterate"] = partial.detach().cpu().contiguous()
+    save_file(tensors, path)
+
+
 def layer_rows(layers: Any) -> list[dict[str, Any]]:
     """Turn layer reports into plain dictionaries of `LAYER_FIELDS`."""
     return [{field: _plain(getattr(layer, field)) for field in LAYER_FIELDS} for layer in layers]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+from rconv_fast.memory import available_bytes, require_memory
 from rconv_fast.solve.hybrid import solve_hybrid
 from rconv_fast.solve.krylov import Progress
-from rconv_fast.solve.phases import count_phases, solve_by_phases
+from rconv_fast.solve.nonnegative import solve_nonnegative
+from rconv_fast.solve.phases import count_phases, direct_bytes, solve_by_phases
 from rconv_fast.solve.prior import PRIORS, apply_prior
 from rconv_fast.solve.rows import GradientRows, MapRows, PointRows, Rows, System, WeightRows
 from rconv_fast.solve.solution import Solution
@@ -21,6 +25,7 @@ __all__ = [
     "WeightRows",
     "apply_prior",
     "solve",
+    "solve_nonnegative",
 ]
 
 
@@ -29,9 +34,7 @@ SOLVERS = ("auto", "direct", "hybrid")
 MAX_DIRECT_CONDITION = 3e4
 
 
-def solve(
-    system: System, *, solver: str = "auto", rtol: float = 1e-14, progress: Progress | None = None
-) -> Solution:
+def solve(system: System, *, solver: str = "auto", rtol: float = 1e-14, progress: Progress | None = None) -> Solution:
     """Solve all rows of one layer input.
 
     ``solver="direct"`` uses the gradient rows alone, phase by phase; ``"hybrid"`` all rows; ``"auto"`` is
@@ -41,7 +44,8 @@ def solve(
     gradient = [block for block in system.blocks if isinstance(block, GradientRows)]
     others = [block for block in system.blocks if not isinstance(block, GradientRows) and block.count]
     alone = len(gradient) == 1 and system.support is None
-    if solver == "auto" and alone:
+    fits = alone and direct_bytes(gradient[0]) <= available_bytes(system.rhs[0].device)
+    if solver == "auto" and fits:
         enough = all(count.rows >= count.unknowns for count in count_phases(gradient[0]))
         if enough or not others:
             solution = solve_by_phases(gradient[0], system.shape, rtol)
@@ -49,5 +53,19 @@ def solve(
             if good or not others:
                 return solution
     if solver == "direct" and alone:
+        device = system.rhs[0].device
+        require_memory("recover_conv_input", "the direct solver", direct_bytes(gradient[0]), device)
         return solve_by_phases(gradient[0], system.shape, rtol)
+    _require_vectors(system)
     return solve_hybrid(system, rtol=rtol, progress=progress)
+
+
+# The iteration keeps this many copies of the unknown and of the rows, float32 shadows and products included.
+UNKNOWN_COPIES, ROW_COPIES = 12, 8
+
+
+def _require_vectors(system: System) -> None:
+    """Refuse a system whose vectors alone do not fit; its matrix is never built."""
+    size = system.rhs[0].element_size()
+    values = UNKNOWN_COPIES * math.prod(system.shape) + ROW_COPIES * sum(b.numel() for b in system.rhs)
+    require_memory("invert", "a matrix-free solve", size * values, system.rhs[0].device)

@@ -192,9 +192,7 @@ class FrontKind:
             length = part.hull_hi - part.hull_lo
             shape = (index.shape[0] * here.shape[0], index.shape[1] * here.shape[1])
             index = (index[:, None, :, None] * length + here[None, :, None, :]).reshape(shape)
-            inside = (inside[:, None, :, None] & ((here >= 0) & (here < length))[None, :, None, :]).reshape(
-                shape
-            )
+            inside = (inside[:, None, :, None] & ((here >= 0) & (here < length))[None, :, None, :]).reshape(shape)
         row, tap = np.nonzero(inside)
         return row, tap, self.column.ravel()[index[inside]]
 
@@ -204,8 +202,7 @@ class FrontKind:
         result = []
         for box, kind in self.children:
             window = tuple(
-                slice(q.hull_lo - p.hull_lo, q.hull_hi - p.hull_lo)
-                for p, q in zip(self.box, box, strict=True)
+                slice(q.hull_lo - p.hull_lo, q.hull_hi - p.hull_lo) for p, q in zip(self.box, box, strict=True)
             )
             boundary = kind.column >= kind.n_eliminated
             columns = np.empty(kind.n_boundary, dtype=np.int64)
@@ -249,9 +246,7 @@ class _Dissection:
         boxes = [(*box[:axis], part, *box[axis + 1 :]) for part in (left, right)]
         rows[axis] = range(left.row_hi, max(left.row_hi, min(right.row_lo, box[axis].row_hi)))
         children = tuple((b, self.kind(b)) for b in boxes)
-        return FrontKind(
-            self.geometry, box, children, tuple(rows), height=1 + max(c.height for _, c in children)
-        )
+        return FrontKind(self.geometry, box, children, tuple(rows), height=1 + max(c.height for _, c in children))
 
     def _best_cut(self, box: Box) -> tuple[int, Interval, Interval] | None:
         """Cut across the axis with the smallest separator."""

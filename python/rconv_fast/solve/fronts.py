@@ -74,18 +74,14 @@ class Fronts(ABC):
         n_columns = (kind.n_eliminated + kind.n_boundary) * self.channels
         n_rows = max(kind.n_own * self.filters + sum(rest.shape[3] for rest in left), n_columns)
         step = max(1, BATCH_BYTES // max(1, self.groups * n_columns * n_rows * self.taps.element_size()))
-        parts = [
-            self._factor_batch(kind, left, weights, slice(i, min(i + step, n))) for i in range(0, n, step)
-        ]
+        parts = [self._factor_batch(kind, left, weights, slice(i, min(i + step, n))) for i in range(0, n, step)]
         if len(parts) == 1:
             return parts[0]
         r_ee, r_eb, rest = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return r_ee, r_eb, rest
 
     @abstractmethod
-    def _factor_batch(
-        self, kind: FrontKind, left: list[Tensor], weights: Tensor | None, batch: slice
-    ) -> Eliminated:
+    def _factor_batch(self, kind: FrontKind, left: list[Tensor], weights: Tensor | None, batch: slice) -> Eliminated:
         """Factor the fronts in `batch`; the other arguments are of all distinct fronts of the kind."""
 
     def _write_own(self, kind: FrontKind, own: Tensor, weights: Tensor | None) -> None:
@@ -108,15 +104,11 @@ class QrFronts(Fronts):
         Adds the row ``pins[j] * x[j]`` for each unknown j with a nonzero pin.
     """
 
-    def __init__(
-        self, geometry: ConvGeometry, weight: Tensor, row_weights: Tensor | None, pins: Tensor | None
-    ) -> None:
+    def __init__(self, geometry: ConvGeometry, weight: Tensor, row_weights: Tensor | None, pins: Tensor | None) -> None:
         super().__init__(geometry, weight, row_weights)
         self.pins = pins
 
-    def _factor_batch(
-        self, kind: FrontKind, left: list[Tensor], weights: Tensor | None, batch: slice
-    ) -> Eliminated:
+    def _factor_batch(self, kind: FrontKind, left: list[Tensor], weights: Tensor | None, batch: slice) -> Eliminated:
         e = kind.n_eliminated * self.channels
         n_own = kind.n_own * self.filters
         if weights is not None:
@@ -151,9 +143,7 @@ class QrFronts(Fronts):
         every = own.new_zeros(*own.shape[:4], kind.n_own, self.filters)
         self._write_own(kind, every, weights)
         known = (weights != 0).flatten(2).to(torch.uint8)
-        order = torch.sort(known, dim=-1, descending=True, stable=True).indices[
-            :, :, None, None, : own.shape[4]
-        ]
+        order = torch.sort(known, dim=-1, descending=True, stable=True).indices[:, :, None, None, : own.shape[4]]
         own.copy_(every.flatten(4).gather(4, order.expand(own.shape)))
 
 
@@ -168,15 +158,11 @@ class CholeskyFronts(Fronts):
         Added to the diagonal.
     """
 
-    def __init__(
-        self, geometry: ConvGeometry, weight: Tensor, row_weights: Tensor | None, damping: float
-    ) -> None:
+    def __init__(self, geometry: ConvGeometry, weight: Tensor, row_weights: Tensor | None, damping: float) -> None:
         super().__init__(geometry, weight, row_weights)
         self.damping = damping
 
-    def _factor_batch(
-        self, kind: FrontKind, left: list[Tensor], weights: Tensor | None, batch: slice
-    ) -> Eliminated:
+    def _factor_batch(self, kind: FrontKind, left: list[Tensor], weights: Tensor | None, batch: slice) -> Eliminated:
         e, columns = kind.n_eliminated * self.channels, (kind.n_eliminated + kind.n_boundary, self.channels)
         n = batch.stop - batch.start
         own = self.taps.new_zeros(self.groups, n, *columns, kind.n_own, self.filters)

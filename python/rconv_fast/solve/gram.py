@@ -43,18 +43,12 @@ def tap_windows(geometry: ConvGeometry, phase: Phase) -> list[TapWindow]:
     for axis, (taps, positions) in enumerate(zip(phase.taps, phase.positions, strict=True)):
         windows = []
         for k in taps:
-            shift = (
-                positions.start + geometry.padding[axis] - k * geometry.dilation[axis]
-            ) // geometry.stride[axis]
+            shift = (positions.start + geometry.padding[axis] - k * geometry.dilation[axis]) // geometry.stride[axis]
             first, last = max(0, -shift), min(len(positions), geometry.out_size[axis] - shift)
             if first < last:
                 windows.append((k, slice(first, last), slice(first + shift, last + shift)))
         size = geometry.kernel_size[axis]
-        found = [
-            TapWindow(w.tap * size + k, (*w.positions, i), (*w.outputs, u))
-            for w in found
-            for k, i, u in windows
-        ]
+        found = [TapWindow(w.tap * size + k, (*w.positions, i), (*w.outputs, u)) for w in found for k, i, u in windows]
     return found
 
 
@@ -159,9 +153,7 @@ class GramFactor:
             channels = slice(group * per_group, (group + 1) * per_group)
             grams = [output_gram(group_filters(g, grad_output, group)) for g, grad_output in blocks]
             for index, phase in enumerate(geometry.phases):
-                gram = sum_of(
-                    phase_gram(g, g.phases[index], h) for (g, _), h in zip(blocks, grams, strict=True)
-                )
+                gram = sum_of(phase_gram(g, g.phases[index], h) for (g, _), h in zip(blocks, grams, strict=True))
                 if shift is not None:
                     gram.diagonal().add_(gather_phase(shift[:, channels], phase).mean(dim=1))
                 factor, info = torch.linalg.cholesky_ex(gram if dtype is None else gram.to(dtype))

@@ -31,6 +31,14 @@ class KrylovResult:
     converged: bool
 
 
+class InterruptedSolve(KeyboardInterrupt):
+    """Ctrl-C during an iteration; `x` is the iterate."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
 # On a GPU the stopping test reads a number back; every few iterations is often enough.
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
@@ -102,49 +110,52 @@ def refine(
     if start <= floor:
         return KrylovResult(x, 0, 1.0, True)
     best, best_iteration, iteration, converged = 1.0, 0, 0, False
-    while iteration < max_iterations:
-        iteration += 1
-        q = inner.apply(p)
-        alpha = gamma / sum(torch.sum(part * part) for part in q)
-        step.addcmul_(p, alpha)
-        r = [ri.addcmul(qi, alpha, value=-1) for ri, qi in zip(r, q, strict=True)]
-        s = inner.adjoint(r)
-        z = preconditioner(s)
-        gamma, previous = torch.sum(s * z), gamma
-        if accept is not None and iteration % accept_every == 0 and accept(x + step.to(x.dtype) * size):
-            converged = True
-            break
-        if iteration % every == 0 or iteration == max_iterations:
-            now = math.sqrt(max(float(gamma), 0.0))  # synchronize!
-            relative = now / start * size / scale
-            if progress is not None:
-                progress(iteration, relative)
-            if not math.isfinite(relative):
+    try:
+        while iteration < max_iterations:
+            iteration += 1
+            q = inner.apply(p)
+            alpha = gamma / sum(torch.sum(part * part) for part in q)
+            step.addcmul_(p, alpha)
+            r = [ri.addcmul(qi, alpha, value=-1) for ri, qi in zip(r, q, strict=True)]
+            s = inner.adjoint(r)
+            z = preconditioner(s)
+            gamma, previous = torch.sum(s * z), gamma
+            if accept is not None and iteration % accept_every == 0 and accept(x + step.to(x.dtype) * size):
+                converged = True
                 break
-            if relative < best / 2:
-                best, best_iteration = relative, iteration
-            if now <= max(inner_rtol * reference, floor):
-                x = x + step.to(x.dtype) * size
-                residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
-                renewed, last = _norm(residual), reference * size
-                factor, size = size / renewed if renewed > 0 else 0.0, renewed
-                step.zero_()
-                if size <= rtol * scale:
-                    converged = True
+            if iteration % every == 0 or iteration == max_iterations:
+                now = math.sqrt(max(float(gamma), 0.0))  # synchronize!
+                relative = now / start * size / scale
+                if progress is not None:
+                    progress(iteration, relative)
+                if not math.isfinite(relative):
                     break
-                r = [(part / size).to(dtype) for part in residual]
-                p, previous = p * factor, previous * factor**2
-                s = inner.adjoint(r)
-                z = preconditioner(s)
-                gamma = torch.sum(s * z)
-                reference = math.sqrt(max(float(gamma), 0.0))
-                if reference <= floor or reference * size > STALL * last:
-                    converged = True
+                if relative < best / 2:
+                    best, best_iteration = relative, iteration
+                if now <= max(inner_rtol * reference, floor):
+                    x = x + step.to(x.dtype) * size
+                    residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
+                    renewed, last = _norm(residual), reference * size
+                    factor, size = size / renewed if renewed > 0 else 0.0, renewed
+                    step.zero_()
+                    if size <= rtol * scale:
+                        converged = True
+                        break
+                    r = [(part / size).to(dtype) for part in residual]
+                    p, previous = p * factor, previous * factor**2
+                    s = inner.adjoint(r)
+                    z = preconditioner(s)
+                    gamma = torch.sum(s * z)
+                    reference = math.sqrt(max(float(gamma), 0.0))
+                    if reference <= floor or reference * size > STALL * last:
+                        converged = True
+                        break
+                elif iteration - best_iteration > (PATIENCE_AT_ROUNDING if best < DEEP else PATIENCE + iteration // 2):
+                    converged = best < DEEP
                     break
-            elif iteration - best_iteration > (PATIENCE_AT_ROUNDING if best < DEEP else PATIENCE + iteration // 2):
-                converged = best < DEEP
-                break
-        p = torch.addcmul(z, p, gamma / previous)
+            p = torch.addcmul(z, p, gamma / previous)
+    except KeyboardInterrupt:
+        raise InterruptedSolve(x + step.to(x.dtype) * size) from None
     x = x + step.to(x.dtype) * size
     final = _norm([bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]) / scale
     return KrylovResult(x, iteration, final, converged)

@@ -52,6 +52,15 @@ def count_phases(rows: GradientRows) -> list[PhaseCount]:
     ]
 
 
+def direct_bytes(rows: GradientRows) -> int:
+    """Memory that `solve_by_phases` will take: H, one Gram matrix and its copy, the factors of all phases."""
+    geometry, batch = rows.geometry, len(rows.grad_output)
+    output_gram_size = (batch * geometry.n_output) ** 2
+    phase_sizes = [(batch * phase.n_positions) ** 2 for phase in geometry.phases]
+    values = output_gram_size + 2 * max(phase_sizes) + geometry.groups * sum(phase_sizes)
+    return rows.rhs.element_size() * values
+
+
 def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solution:
     """Solve ``B x = dW``: Cholesky of each phase's Gram matrix with refinement, the SVD where not safe."""
     geometry, per_group = rows.geometry, rows.geometry.in_channels // rows.geometry.groups
@@ -87,9 +96,7 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
         rhs = [rows.rhs - rows.apply(x)]
         result = refine(system, factor.solve, rhs=rhs, inner_rtol=1e-12, rtol=0.0, max_iterations=30)
         for part in factors:  # the SVD's phases keep their minimum-norm values
-            scatter_phase(
-                x[:, part.channels], part.phase, gather_phase(result.x[:, part.channels], part.phase)
-            )
+            scatter_phase(x[:, part.channels], part.phase, gather_phase(result.x[:, part.channels], part.phase))
         iterations = result.iterations
     return Solution(
         x=x,

@@ -49,14 +49,10 @@ def dissection(rows: WeightRows) -> tuple[Preconditioner, float] | None:
     weight = rows.weight * scale
     factors = [DissectionFactor.factor(rows.geometry, weight, mask) for mask in masks]
     condition = max(factor.condition_estimate for factor in factors)
-    if condition > MAX_UNDAMPED_CONDITION or any(
-        factor.is_singular or factor.n_untouched for factor in factors
-    ):
+    if condition > MAX_UNDAMPED_CONDITION or any(factor.is_singular or factor.n_untouched for factor in factors):
         damping = DAMPING**2 * float(rows.diagonal().max()) * 4
         try:
-            factors = [
-                DissectionFactor.factor(rows.geometry, weight, mask, damping=damping) for mask in masks
-            ]
+            factors = [DissectionFactor.factor(rows.geometry, weight, mask, damping=damping) for mask in masks]
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # public, missing in torch's stubs
             return None
 

@@ -50,9 +50,7 @@ class Term:
     prox: Callable[[Tensor, float], Tensor]
 
 
-def apply_prior(
-    system: System, solution: Solution, prior: str, inequalities: Sequence[WeightRows] = ()
-) -> Solution:
+def apply_prior(system: System, solution: Solution, prior: str, inequalities: Sequence[WeightRows] = ()) -> Solution:
     """Replace the minimum-norm choice of what `system` leaves open by the choice of a prior.
 
     Parameters

@@ -78,12 +78,7 @@ class GradientRows:
     @property
     def count(self) -> int:
         """Rows of the live filters, for all channels."""
-        return (
-            int(self.live_filters.sum())
-            * self.geometry.n_taps
-            * self.geometry.in_channels
-            // self.geometry.groups
-        )
+        return int(self.live_filters.sum()) * self.geometry.n_taps * self.geometry.in_channels // self.geometry.groups
 
     def apply(self, x: Tensor) -> Tensor:
         """``B x``."""

@@ -1,0 +1,85 @@
+"""Batches (algorithm 3): cost and accuracy from 1 to 16 samples, ``python benchmarks/run.py --filter batch/``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from skimage import data
+from skimage.transform import resize
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rconv_fast
+from bench import Entry
+
+SIZES = (1, 2, 4, 8, 12, 16)
+
+
+def photos(batch: int) -> Tensor:
+    """Different crops of real photos, (B, 3, 32, 32)."""
+    sources = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
+    crops = []
+    for i in range(batch):
+        picture = sources[i % 4]
+        top, left = 23 * (i // 4), 60 * (i // 4)
+        crops.append(resize(picture[top : top + 230, left : left + 230], (32, 32), anti_aliasing=True))
+    return torch.stack([torch.from_numpy(c).permute(2, 0, 1) for c in crops]).double()
+
+
+def network(activation: str, width: int) -> nn.Sequential:
+    """Three convolutions and a head of 100 classes, `width` times method.md's filters."""
+    act = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}[activation]
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32 * width, 5, 2, 2),
+        act(),
+        nn.Conv2d(32 * width, 64 * width, 5, 2, 2),
+        act(),
+        nn.Conv2d(64 * width, 128 * width, 3, 2, 1),
+        act(),
+        nn.Flatten(),
+        nn.Linear(2048 * width, 100),
+    ).double()
+
+
+def setup(activation: str, width: int, batch: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    model, x = network(activation, width), photos(batch)
+    labels = torch.arange(batch) * 7 % 100
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), labels), parameters)
+    return model, x, {name: g.to(dtype) for name, g in zip(names, gradients, strict=True)}
+
+
+def run(given: tuple[nn.Module, Tensor, dict[str, Tensor]]) -> tuple[Tensor, Any]:
+    model, x, gradients = given
+    return x, rconv_fast.invert(model, gradients, x.shape[1:])
+
+
+def record(result: tuple[Tensor, Any]) -> dict[str, Any]:
+    x, found = result
+    matched = x[rconv_fast.match_samples(found.inputs, x)]
+    worst = min(float(rconv_fast.psnr(a, b)) for a, b in zip(found.inputs, matched, strict=True))
+    tightest = min(found.layers, key=lambda r: r.rows / r.unknowns)
+    return {
+        "worst psnr": worst,
+        "verified": found.verified,
+        "gradient residual": found.gradient_residual,
+        "tightest layer": f"{tightest.name}: {tightest.rows} rows for {tightest.unknowns} unknowns",
+    }
+
+
+def entries() -> list[Entry]:
+    cases = [("leaky_relu", 1, b, torch.float64) for b in SIZES] + [("relu", 2, b, torch.float64) for b in SIZES]
+    cases += [("relu", 1, 4, torch.float64), ("relu", 1, 4, torch.float32)]
+    return [
+        Entry(
+            f"batch/{activation}-x{width}/{batch}/{str(dtype).removeprefix('torch.')}",
+            lambda a=activation, w=width, b=batch, d=dtype: setup(a, w, b, d),
+            run,
+            record=record,
+            once=True,
+            quick=batch == 1,
+        )
+        for activation, width, batch, dtype in cases
+    ]

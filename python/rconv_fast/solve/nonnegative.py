@@ -1,0 +1,265 @@
+"""Behind a ReLU no value is negative, and about half are exactly 0: that fixes what too few equations leave open.
+
+``{x : M x = b, x >= 0}`` is a single point as soon as the zeros outnumber the open directions about twice (Wendel
+1962: n random half-spaces in k dimensions share a direction with the probability that n - 1 coins show fewer
+than k heads). The point is found by block principal pivoting (Kim and Park 2011): solve on the values taken to
+be positive; drop those that come out negative; take back those whose multiplier
+
+    ``g = M^T (M x - b)``
+
+is negative. That it is the only one is proven, not assumed. With S the zeros and P the rest, it is when ``M_P`` has
+full column rank and there is a y with
+
+    ``M_P^T y = 0,  M_S^T y > 0``:
+
+for every other solution ``x + d`` has ``d_S >= 0`` and ``0 = y^T M d = (M_S^T y)^T d_S``, so ``d_S = 0``, so ``d_P = 0``.
+Such a y is the residual of a second problem of the same kind (Farkas): the direction d that comes closest to
+``M d = 0``, ``d_S >= 0``, ``sum d_S = sqrt(|S|)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rconv_fast.solve.hybrid import MIXED_PRECISION_UNKNOWNS, balance
+from rconv_fast.solve.krylov import Progress, refine
+from rconv_fast.solve.preconditioners import jacobi
+from rconv_fast.solve.rows import System
+from rconv_fast.solve.solution import Solution
+
+# Sweeps of the pivoting, each a Krylov solve of so many iterations.
+MAX_SWEEPS, SWEEP_ITERATIONS = 40, 300
+# Sweeps that may pass without halving the residual; below the second number nothing is left to halve.
+PATIENCE, ROUNDING = 3, 1e-14
+# Iterations of a solve that is to be exact.
+EXACT_ITERATIONS = 4000
+# Values below this multiple of the most negative one (or of the rounding) are zeros.
+ZERO_FACTOR, ZERO_FLOOR = 10.0, 1e-12
+# A certificate's multipliers, of mean 1 on the zeros, are at least this there, and at most this elsewhere.
+POSITIVE, NEARLY_ZERO = 0.01, 1e-7
+# A probe of the rank gives a random vector back to this accuracy.
+PROBE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Pivoted:
+    """Where the pivoting stands: values, ``M x - b``, its relative norm, ``M^T (M x - b)``, iterations so far."""
+
+    x: Tensor
+    misfit: list[Tensor]
+    residual: float
+    multiplier: Tensor
+    iterations: int
+
+
+def solve_nonnegative(
+    system: System, solution: Solution, *, tolerance: float, progress: Progress | None = None
+) -> Solution:
+    """Find the non-negative solution, and whether it is the only one.
+
+    Parameters
+    ----------
+    system : System
+        Equations whose unknowns are known to be non-negative.
+    solution : Solution
+        What the equations alone gave; the starting point.
+    tolerance : float
+        Relative residual up to which an answer satisfies the equations.
+    progress : callable, optional
+        Called with the iteration and the relative residual.
+
+    Returns
+    -------
+    Solution
+        The non-negative solution, all values determined if it is proven to be the only one; `solution` as it was
+        where no non-negative solution was found or its zeros cannot be told from small values.
+
+    References
+    ----------
+    Kim and Park, "Fast nonnegative matrix factorization: an active-set-like method and comparisons", SIAM J. Sci.
+    Comput. 33, 2011; Wendel, "A problem in geometric probability", Math. Scand. 11, 1962.
+    """
+    if not any(bool(part.any()) for part in system.rhs):
+        return solution
+    balanced = balance(system, 1.0)
+    found = pivot(balanced, _support(system), solution.x, _stalling(), progress)
+    if found.residual > tolerance:
+        return solution
+    noise = max(-float(found.x.min()), ZERO_FLOOR * float(found.x.abs().max()))
+    positive = found.x > ZERO_FACTOR * noise
+    x, spent = _solve_on(balanced, positive, torch.where(positive, found.x, 0.0))
+    residual = balanced.residual(x)
+    if residual > tolerance or float(x.min()) < -ZERO_FACTOR * noise:
+        return solution
+    unique = has_full_rank(balanced, positive) and certificate(balanced, positive) is not None
+    return replace(
+        solution,
+        x=x,
+        determined=torch.ones_like(solution.determined) if unique else solution.determined,
+        residual=residual,
+        solver=f"{solution.solver}+nonnegative",
+        converged=True,
+        iterations=solution.iterations + found.iterations + spent,
+    )
+
+
+def _stalling() -> Callable[[Pivoted], bool]:
+    """Stop when the residual is rounding or has not halved for some sweeps."""
+    best, since = math.inf, 0
+
+    def done(state: Pivoted) -> bool:
+        nonlocal best, since
+        best, since = (state.residual, 0) if state.residual < best / 2 else (best, since + 1)
+        return state.residual <= ROUNDING or since >= PATIENCE
+
+    return done
+
+
+def pivot(
+    system: System,
+    bounded: Tensor,
+    x: Tensor,
+    done: Callable[[Pivoted], bool],
+    progress: Progress | None = None,
+) -> Pivoted:
+    """``min ||M x - b||`` with ``x >= 0`` where `bounded`, from `x`, until `done`."""
+    support = _support(system)
+    scale = math.sqrt(sum(float(part.square().sum()) for part in system.rhs))
+    passive = support & ~(bounded & (x < 0))
+    iterations = 0
+    for _ in range(MAX_SWEEPS):
+        start = torch.where(passive, torch.where(bounded, x.clamp_min(0.0), x), 0.0)
+        x, spent = _solve_on(system, passive, start, SWEEP_ITERATIONS, mixed=True)
+        iterations += spent
+        misfit = [q - b for q, b in zip(system.apply(x), system.rhs, strict=True)]
+        residual = math.sqrt(sum(float(part.square().sum()) for part in misfit)) / scale
+        state = Pivoted(x, misfit, residual, system.adjoint(misfit), iterations)
+        if progress is not None:
+            progress(iterations, residual)
+        if done(state):
+            break
+        leave = passive & bounded & (x < 0)
+        enter = support & ~passive & (state.multiplier < 0)
+        passive = (passive & ~leave) | enter
+    return state
+
+
+def _solve_on(
+    system: System, support: Tensor, start: Tensor, iterations: int = EXACT_ITERATIONS, *, mixed: bool = False
+) -> tuple[Tensor, int]:
+    """Least squares on the values of `support`, the others 0, by correcting `start`; also the iterations."""
+    restricted = replace(system, support=support)
+    coarse = mixed and system.unknowns >= MIXED_PRECISION_UNKNOWNS
+    dtype = torch.float32 if coarse else start.dtype
+    rhs = [b - q for b, q in zip(system.rhs, system.apply(start), strict=True)]
+    result = refine(
+        restricted,
+        jacobi(restricted, dtype),
+        rhs=rhs,
+        inner_dtype=dtype,
+        inner_rtol=1e-4 if coarse else 1e-8,
+        rtol=1e-15,
+        max_iterations=iterations,
+    )
+    return start + result.x, result.iterations
+
+
+def _support(system: System) -> Tensor:
+    if system.support is not None:
+        return system.support
+    return torch.ones(system.shape, dtype=torch.bool, device=system.rhs[0].device)
+
+
+def has_full_rank(system: System, support: Tensor) -> bool:
+    """Whether ``M_P`` has full column rank: ``M_P x = M_P z`` gives a random z back."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(system.shape, generator=generator, dtype=torch.float64).to(system.rhs[0]) * support
+    rhs = system.apply(z)
+    blocks = tuple(replace(block, rhs=part) for block, part in zip(system.blocks, rhs, strict=True))  # type: ignore[type-var]
+    x, _ = _solve_on(System(system.shape, blocks), support, torch.zeros_like(z))
+    return bool((x - z).abs().max() < PROBE_TOLERANCE)
+
+
+@dataclass(frozen=True)
+class SumRow:
+    """One equation: the mean-scaled sum of the masked values, ``sum_S x / sqrt(|S|) = rhs``."""
+
+    mask: Tensor
+    rhs: Tensor
+
+    @property
+    def count(self) -> int:
+        """One equation."""
+        return 1
+
+    @property
+    def _row(self) -> Tensor:
+        return self.mask / self.mask.sum().sqrt()
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The sum."""
+        return (self._row * x).sum().reshape(1)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """The row times y."""
+        return self._row * y
+
+    def diagonal(self) -> Tensor:
+        """Squares of the row."""
+        return self._row.square()
+
+    def scaled(self, factor: float) -> SumRow:
+        """Not needed: the row joins a balanced system."""
+        raise NotImplementedError
+
+    def to(self, dtype: torch.dtype) -> SumRow:
+        """The row in another dtype."""
+        return SumRow(self.mask.to(dtype), self.rhs.to(dtype))
+
+
+def certificate(system: System, positive: Tensor) -> Tensor | None:
+    """A combination of the equations that proves ``{M x = b, x >= 0}`` to be one point, or None.
+
+    Parameters
+    ----------
+    system : System
+        The equations; their right-hand sides play no part.
+    positive : Tensor
+        Bool, which values are positive (P); all others on the support are 0 (S).
+
+    Returns
+    -------
+    Tensor or None
+        ``M^T y``, of mean 1 on S, positive there and 0 on P.
+    """
+    support = _support(system)
+    zero = support & ~positive
+    start = torch.zeros(system.shape, dtype=system.rhs[0].dtype, device=zero.device)
+    if not bool(zero.any()):
+        return start
+    blocks = [replace(block, rhs=torch.zeros_like(block.rhs)) for block in system.blocks]  # type: ignore[type-var]
+    total = SumRow(zero.to(system.rhs[0]), system.rhs[0].new_ones(1))
+    farkas = System(system.shape, (*blocks, total), system.support)
+
+    def multipliers(misfit: list[Tensor]) -> Tensor:
+        w = system.adjoint(misfit[:-1])
+        return w / w[zero].mean()
+
+    def signed(state: Pivoted) -> bool:
+        w = multipliers(state.misfit)
+        return float(w[zero].min()) > POSITIVE and float((w * positive).abs().max()) < POSITIVE
+
+    state = pivot(farkas, zero, start, signed)
+    # The same to rounding: on the values left free M^T (M d - b) is then 0, and the others have room.
+    d, _ = _solve_on(farkas, support & (positive | (state.x > 0)), state.x.clamp_min(0.0).where(zero, state.x))
+    w = multipliers([q - b for q, b in zip(farkas.apply(d), farkas.rhs, strict=True)])
+    proven = float(w[zero].min()) > POSITIVE and float((w * positive).abs().max()) < NEARLY_ZERO
+    return w if proven else None
+
+
+__all__ = ["certificate", "has_full_rank", "pivot", "solve_nonnegative"]

@@ -1,0 +1,408 @@
+"""The solvers against dense linear algebra: values, rank, and exactly which values are determined."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from layers import gradient_matrix, random_grad_output, random_input, random_weight
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.operators import apply_gradient, apply_weight
+from rconv_fast.solve import GradientRows, MapRows, PointRows, Rows, System, WeightRows, hybrid, solve
+from rconv_fast.solve.gram import GramFactor, group_filters, output_gram, phase_gram, phase_rows
+from rconv_fast.solve.krylov import refine
+from rconv_fast.solve.phases import count_phases, solve_by_phases
+from rconv_fast.solve.preconditioners import dissection, jacobi, phase_cholesky
+from rconv_fast.testing import geometry as make
+from rconv_fast.testing import random_geometry
+
+DOUBLE = {"dtype": torch.float64}
+RTOL = 1e-13
+# Singular values of the random systems below are either above 1e-6 or rounding of the largest.
+RANK_TOLERANCE = 1e-9
+
+
+class Case:
+    """An input x, and the equations that one convolution's gradients and outputs are for it."""
+
+    def __init__(self, geometry: ConvGeometry, batch: int = 1, live: float = 1.0) -> None:
+        self.geometry = geometry
+        self.x = random_input(geometry, batch, **DOUBLE)
+        self.weight = random_weight(geometry, **DOUBLE)
+        self.g = random_grad_output(geometry, batch, **DOUBLE)
+        self.g = self.g * (torch.rand_like(self.g) < live)
+        self.known = torch.rand_like(self.g) < live
+
+    @property
+    def gradient(self) -> GradientRows:
+        return GradientRows.create(self.geometry, apply_gradient(self.geometry, self.x, self.g), self.g)
+
+    @property
+    def outputs(self) -> WeightRows:
+        output = apply_weight(self.geometry, self.x, self.weight)
+        nan = torch.where(self.known, output, torch.nan)  # values that are not known must not be read
+        return WeightRows.create(self.geometry, self.weight, nan, self.known.double())
+
+    def system(self, *blocks: Rows) -> System:
+        return System(self.x.shape, blocks or (self.gradient, self.outputs))
+
+
+def half_blind(case: Case) -> Case:
+    """Nothing is known of the right half of the outputs, and they pass no gradient."""
+    half = case.g.shape[-1] // 2
+    case.g[..., half:] = 0
+    case.known[..., half:] = False
+    return case
+
+
+def dense(system: System) -> tuple[Tensor, Tensor]:
+    """The matrix of a system, column by column, and its right-hand side."""
+    units = torch.eye(system.shape.numel(), dtype=torch.float64).reshape(-1, *system.shape)
+    columns = [torch.cat([part.reshape(-1) for part in system.apply(unit)]) for unit in units]
+    return torch.stack(columns, dim=1), torch.cat([part.reshape(-1) for part in system.rhs])
+
+
+class Reference:
+    """What the singular value decomposition says of a dense system."""
+
+    def __init__(self, matrix: Tensor, rhs: Tensor) -> None:
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=True)
+        self.rank = int((s > RANK_TOLERANCE * s[0]).sum())
+        kept = s[: self.rank]
+        self.condition = float(kept[0] / kept[-1]) if self.rank else 1.0
+        self.x = vh[: self.rank].mT @ ((u[:, : self.rank].mT @ rhs) / kept)
+        self.determined = vh[self.rank :].abs().amax(0) < 1e-6 if self.rank < len(vh) else self.x == self.x
+
+
+def reference(system: System) -> Reference:
+    return Reference(*dense(system))
+
+
+def assert_same_answer(solution, case: Case, expected: Reference, tolerance: float = 1e-11) -> None:
+    shape = case.x.shape
+    assert torch.equal(solution.determined, expected.determined.reshape(shape))
+    error = (solution.x.reshape(-1) - expected.x).abs().max()
+    assert error <= tolerance * expected.condition * expected.x.abs().max()
+    fixed = solution.determined
+    assert (solution.x - case.x)[fixed].abs().sum() <= tolerance * expected.condition * case.x.numel()
+
+
+# Stride phases
+
+
+def phase_columns(geometry: ConvGeometry, index: int, batch: int) -> Tensor:
+    """Columns (b, i) of the gradient-constraint matrix that belong to one phase."""
+    mask = torch.zeros(geometry.input_size, dtype=torch.bool)
+    mask[torch.meshgrid(*(torch.tensor(p) for p in geometry.phases[index].positions), indexing="ij")] = True
+    return mask.reshape(-1).repeat(batch).nonzero().flatten()
+
+
+def test_phase_gram_is_that_of_the_matrix(geometry: ConvGeometry) -> None:
+    batch = 2
+    case = Case(geometry, batch)
+    filters = geometry.out_channels // geometry.groups
+    matrix = gradient_matrix(geometry, case.g).to_dense().reshape(geometry.groups, -1, batch * geometry.n_input)
+    seen = []
+    for group in range(geometry.groups):
+        gram = matrix[group].mT @ matrix[group]
+        rest = gram.clone()
+        g = group_filters(geometry, case.g, group)
+        assert g.shape[1] == filters
+        for index, phase in enumerate(geometry.phases):
+            columns = phase_columns(geometry, index, batch)
+            expected = gram[columns][:, columns]
+            torch.testing.assert_close(phase_gram(geometry, phase, output_gram(g)), expected)
+            rows = phase_rows(geometry, phase, g)
+            torch.testing.assert_close(rows.mT @ rows, expected)
+            rest[columns[:, None], columns] = 0
+            seen.append(columns)
+        assert not rest.any(), "nothing couples two phases"
+    per_group = torch.cat(seen[: len(geometry.phases)])
+    assert torch.equal(per_group.sort().values, torch.arange(batch * geometry.n_input)), "phases cover all"
+
+
+def test_gram_factor_is_the_inverse(geometry: ConvGeometry) -> None:
+    case = Case(geometry, 2)
+    shift = torch.rand(case.x.shape, **DOUBLE)
+    per_group = geometry.in_channels // geometry.groups
+    shift = shift.reshape(2, geometry.groups, per_group, -1).mean(2, keepdim=True).expand(-1, -1, per_group, -1)
+    shift = shift.reshape(case.x.shape) + 0.1
+    factor = GramFactor.create([(geometry, case.gradient.grad_output)], shift)
+    assert not factor.failed
+    product = case.gradient.adjoint(case.gradient.apply(case.x)) + shift * case.x
+    torch.testing.assert_close(factor.solve(product), case.x, rtol=1e-9, atol=1e-9)
+
+
+def test_diagonals_are_those_of_the_normal_matrix(geometry: ConvGeometry) -> None:
+    case = Case(geometry, 2, live=0.7)
+    for block in (case.gradient, case.outputs, case.outputs.scaled(3.0), case.gradient.scaled(0.5)):
+        matrix, _ = dense(case.system(block))
+        expected = matrix.square().sum(0).reshape(case.x.shape)
+        torch.testing.assert_close(block.diagonal().expand(case.x.shape), expected)
+
+
+def check_phases(case: Case) -> int:
+    solution = solve_by_phases(case.gradient, case.x.shape, RTOL)
+    system = case.system(case.gradient)
+    expected = reference(system)
+    assert solution.rank == expected.rank
+    assert (solution.unknowns, solution.rows) == (case.x.numel(), case.gradient.count)
+    assert_same_answer(solution, case, expected)
+    assert solution.residual < 1e-12
+    return expected.rank - case.x.numel()
+
+
+def test_solution_by_phases_is_the_minimum_norm_one(geometry: ConvGeometry) -> None:
+    check_phases(Case(geometry, 2))
+
+
+def test_solution_by_phases_of_random_geometries() -> None:
+    generator = random.Random(1)
+    deficits = []
+    while len(deficits) < 40:
+        geometry = random_geometry(generator, largest=6)
+        if geometry.n_input * geometry.in_channels <= 150:
+            deficits.append(check_phases(Case(geometry, generator.randint(1, 2), live=0.8)))
+    assert deficits.count(0) > 3, "some of full rank"
+    assert sum(deficit < 0 for deficit in deficits) > 10, "some not"
+
+
+def test_filters_without_gradient_count_for_nothing() -> None:
+    case = Case(make((2, 9), (5, 5), 3, padding=1))
+    case.g[:, 4:] = 0
+    assert case.gradient.count == 4 * 9 * 2
+    assert [count.rows for count in count_phases(case.gradient)] == [36]
+    assert check_phases(case) == 0
+
+
+@pytest.mark.parametrize(("filters", "full"), [(128, False), (256, True)])
+def test_the_papers_count_is_not_enough_with_a_stride(filters: int, full: bool) -> None:
+    """K=3, s=2, 28x28: 9 * 128 = 1152 equations for 784 pixels, but 128 for the 196 pixels of one phase."""
+    case = Case(make((1, filters), (28, 28), 3, stride=2, padding=1))
+    assert 9 * filters >= 784, "recoverable by the papers' count"
+    counts = {(count.rows // filters, count.unknowns): count.rows for count in count_phases(case.gradient)}
+    assert counts == {(1, 196): filters, (2, 196): 2 * filters, (4, 196): 4 * filters}
+    solution = solve(case.system(case.gradient))
+    even = torch.zeros(28, 28, dtype=torch.bool)
+    even[::2, ::2] = True
+    if full:
+        assert solution.rank == 784
+        assert solution.determined.all()
+        assert float((solution.x - case.x).abs().max()) < 1e-11
+    else:
+        assert solution.rank == 784 - 196 + 128
+        assert torch.equal(solution.determined[0, 0], ~even)
+        assert float((solution.x - case.x)[0, 0][~even].abs().max()) < 1e-11
+        assert float((solution.x - case.x)[0, 0][even].abs().max()) > 0.1
+
+
+# All equations together
+
+
+def check_hybrid(case: Case, system: System) -> str:
+    solution = solve(system, solver="hybrid", rtol=RTOL)
+    expected = reference(system)
+    assert_same_answer(solution, case, expected, tolerance=1e-9)
+    assert (solution.unknowns, solution.rows) == (case.x.numel(), system.count)
+    if expected.rank == case.x.numel() or solution.solver == "normal-eigh":
+        assert solution.rank == expected.rank
+    else:
+        assert expected.rank <= solution.rank < case.x.numel()
+    assert solution.residual < 1e-11
+    return solution.solver
+
+
+def test_hybrid_is_the_dense_least_squares_solution(geometry: ConvGeometry) -> None:
+    case = Case(geometry, 2, live=0.7)
+    check_hybrid(case, case.system())
+
+
+def test_hybrid_of_random_geometries() -> None:
+    generator = random.Random(2)
+    solvers = []
+    while len(solvers) < 40:
+        geometry = random_geometry(generator, largest=6)
+        if geometry.n_input * geometry.in_channels <= 120:
+            case = Case(geometry, generator.randint(1, 2), live=generator.choice([0.5, 0.8, 1.0]))
+            if case.gradient.count and case.outputs.count:
+                solvers.append(check_hybrid(case, case.system()))
+    assert {"normal-eigh"} < set(solvers), "both direct and iterated ones"
+
+
+WIDE = make((3, 16), (12, 12), 5, stride=2, padding=2)
+"""Gradient rows for part of the unknowns, and outputs: 5.3 rows an unknown together."""
+
+
+@pytest.mark.parametrize("kind", ["jacobi", "phase-cholesky", "dissection"])
+def test_every_preconditioner_leads_to_the_same_answer(kind: str) -> None:
+    case = Case(WIDE, 2)
+    weight = 1e-8 if kind == "dissection" else 1.0
+    system = hybrid.balance(case.system(), weight)
+    if kind == "jacobi":
+        preconditioner = jacobi(system, torch.float64)
+    elif kind == "phase-cholesky":
+        preconditioner = phase_cholesky(system, torch.float64)
+    else:
+        preconditioner = dissection(system.blocks[1])[0]
+    result = refine(system, preconditioner, inner_rtol=1e-11, rtol=RTOL, max_iterations=2000)
+    assert result.converged
+    assert float((result.x - case.x).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("case", "solver"),
+    [
+        (lambda: Case(make((3, 32), (12, 12), 3, stride=2, padding=1), 1, live=0.6), "cgls+phase-cholesky"),
+        (lambda: Case(make((3, 12), (32, 32), 5, stride=2, padding=2)), "cgls+dissection"),
+        (lambda: Case(make((8, 32), (10, 10), 3, stride=1, padding=1), 2, live=0.5), "cgls+jacobi"),
+    ],
+)
+def test_the_plan_fits_the_system(case, solver: str) -> None:
+    case = case()
+    if solver == "cgls+jacobi":
+        case.g[:, 1:] = 0  # one live filter: the gradient rows say little
+    solution = solve(case.system(), solver="hybrid", rtol=RTOL)
+    assert solution.solver == solver
+    assert solution.converged
+    assert solution.determined.all()
+    assert float((solution.x - case.x).abs().max()) < 1e-8
+
+
+def test_auto_is_direct_where_the_gradient_rows_suffice() -> None:
+    case = Case(make((3, 64), (8, 8), 3, padding=1))
+    assert solve(case.system()).solver == "phase-cholesky"
+    case = Case(make((3, 6), (8, 8), 3, padding=1))
+    assert solve(case.system()).solver.startswith("cgls")
+    assert solve(case.system(case.gradient)).solver == "phase-svd"
+
+
+def test_two_convolutions_of_one_input() -> None:
+    """A residual block: neither branch's equations suffice, both together do."""
+    main = Case(make((6, 5), (8, 8), 3, padding=1), live=0.3)
+    main.g = random_grad_output(main.geometry, 1, **DOUBLE)
+    skip = Case(make((6, 5), (8, 8), 1, stride=2))
+    skip.x = main.x
+    blocks = (main.gradient, main.outputs, skip.gradient, skip.outputs)
+    alone = [reference(main.system(*blocks[:2])), reference(main.system(*blocks[2:]))]
+    assert all(part.rank < main.x.numel() for part in alone)
+    solution = solve(main.system(*blocks), rtol=RTOL)
+    assert solution.rank == main.x.numel()
+    assert_same_answer(solution, main, reference(main.system(*blocks)), tolerance=1e-9)
+
+
+def test_two_convolutions_of_one_stride_share_their_phases() -> None:
+    first = Case(make((4, 20), (8, 8), 3, stride=2, padding=1))
+    second = Case(make((4, 30), (8, 8), 1, stride=2))
+    second.x = first.x
+    solution = solve(first.system(first.gradient, first.outputs, second.gradient, second.outputs), rtol=RTOL)
+    assert solution.solver == "cgls+phase-cholesky"
+    assert solution.determined.all()
+    assert float((solution.x - first.x).abs().max()) < 1e-9
+
+
+def test_values_known_directly() -> None:
+    case = half_blind(Case(make((2, 8), (8, 8), 3, stride=2, padding=1)))
+    open_values = ~reference(case.system()).determined.reshape(case.x.shape)
+    assert 10 < open_values.sum() < case.x.numel()
+    points = PointRows.create(torch.where(open_values, case.x, torch.nan), open_values.double())
+    assert points.count == int(open_values.sum())
+    check_hybrid(case, case.system(case.gradient, case.outputs, points))
+
+
+def test_rows_of_any_linear_map() -> None:
+    case = Case(make((2, 4), (8, 8), 3, stride=2, padding=1))
+
+    def pool(x: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(x, 2)
+
+    value = pool(case.x)
+    rows = MapRows.create(pool, case.x.shape, value, torch.ones_like(value))
+    check_hybrid(case, case.system(case.gradient, case.outputs, rows))
+
+
+def test_known_zeros_leave_fewer_unknowns() -> None:
+    """The support of a ReLU output: the equations suffice for the values that are not zero, only for them."""
+    case = Case(make((4, 4), (6, 6), 3, stride=2, padding=1))
+    support = torch.rand_like(case.x) < 0.35
+    case.x = case.x * support
+    everything = case.system()
+    assert reference(everything).rank < case.x.numel()
+    system = replace(everything, support=support)
+    matrix, rhs = dense(everything)
+    expected = Reference(matrix[:, support.reshape(-1)], rhs)
+    assert expected.rank == int(support.sum()), "the case is one where the support decides"
+    solution = solve(system, rtol=RTOL)
+    assert (solution.unknowns, solution.rank) == (expected.rank, expected.rank)
+    assert solution.determined.all()
+    assert not solution.x[~support].any()
+    assert float((solution.x - case.x).abs().max()) < 1e-10
+
+
+# Precision
+
+
+def test_float32_gradients_are_solved_to_their_rounding() -> None:
+    case = Case(make((3, 64), (8, 8), 3, padding=1))
+    weight_gradient = apply_gradient(case.geometry, case.x, case.g)
+    rounded = GradientRows.create(case.geometry, weight_gradient.float().double(), case.g.float().double())
+    solution = solve(case.system(rounded))
+    assert float((solution.x - case.x).abs().max()) < 1e-5
+
+
+def test_solving_in_float32() -> None:
+    case = Case(make((3, 64), (8, 8), 3, padding=1))
+    solution = solve(case.system(case.gradient.to(torch.float32)), rtol=1e-6)
+    assert solution.x.dtype == torch.float32
+    assert float((solution.x - case.x).abs().max()) < 1e-4
+    system = System(case.x.shape, (case.gradient.to(torch.float32), case.outputs.to(torch.float32)))
+    solution = solve(system, solver="hybrid", rtol=1e-6)
+    assert solution.x.dtype == torch.float32
+    assert float((solution.x - case.x).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("filters", [6, 40], ids=["jacobi", "phase-cholesky"])
+def test_float32_products_do_not_cost_accuracy(filters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybrid, "MIXED_PRECISION_UNKNOWNS", 1)
+    case = Case(make((4, filters), (12, 12), 3, padding=1), 2)
+    if filters == 6:
+        monkeypatch.setattr(hybrid, "CHEAP_DISSECTION_FLOPS", 0.0)
+        case.g[:, 1:] = 0
+    solution = solve(case.system(), solver="hybrid", rtol=1e-14)
+    assert solution.solver.endswith("+float32")
+    assert solution.converged
+    assert solution.determined.all()
+    assert float((solution.x - case.x).abs().max()) < 1e-11
+
+
+# What is determined
+
+
+@pytest.mark.parametrize("shape", [((3, 20), (9, 9), 2, 3), ((2, 12), (10, 9), 3, 2), ((2, 3), (8, 8), 1, 2)], ids=str)
+@pytest.mark.parametrize("mixed", [False, True], ids=["float64", "float32 products"])
+def test_the_probe_marks_exactly_what_is_open(shape: tuple, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems too large to be decided by eigenvalues: a random vector is projected on the row space."""
+    monkeypatch.setattr(hybrid, "MAX_DENSE_UNKNOWNS", 0)
+    monkeypatch.setattr(hybrid, "MIXED_PRECISION_UNKNOWNS", 0 if mixed else 10**9)
+    channels, size, kernel, stride = shape
+    case = half_blind(Case(make(channels, size, kernel, stride=stride), 2))
+    expected = reference(case.system())
+    assert 0 < expected.determined.sum() < case.x.numel(), "some are open, some are not"
+    solution = solve(case.system(), solver="hybrid", rtol=RTOL)
+    assert solution.solver != "normal-eigh"
+    assert torch.equal(solution.determined, expected.determined.reshape(case.x.shape))
+    assert float((solution.x - case.x)[solution.determined].abs().max()) < 1e-9
+    assert expected.rank <= solution.rank < case.x.numel()
+
+
+def test_equations_that_contradict_each_other_show_in_the_residual() -> None:
+    case = Case(make((3, 64), (8, 8), 3, padding=1))
+    wrong = case.gradient
+    wrong = replace(wrong, rhs=wrong.rhs + 0.1 * torch.randn_like(wrong.rhs) * wrong.rhs.abs().mean())
+    for solver in ("auto", "hybrid"):
+        solution = solve(case.system(wrong, case.outputs), solver=solver)
+        assert solution.converged
+        assert solution.residual > 1e-3
