@@ -277,23 +277,25 @@ def sweep_case(seed):
     return batch, precise
 
 
-def _sweep(seeds):
+def _sweep(seeds, *, quick):
     accepted = 0
     for seed in seeds:
         batch, precise = sweep_case(seed)
+        if quick and 2 * len(batch.labels) > len(batch.weight) and len(batch.labels) > 6:
+            continue  # the joint solve of a head without a solution takes seconds
         result = separate_softmax_batch(*batch.head)
         assert_nothing_wrong(result, batch, 1e-6 if precise else 1e-2)
         accepted += len(result.inputs)
     return accepted
 
 
-def test_certificate_never_accepts_a_wrong_sample_in_twenty_random_heads():
-    assert _sweep(range(20)) > 40
+def test_certificate_never_accepts_a_wrong_sample_in_forty_random_heads():
+    assert _sweep(range(40), quick=True) > 80
 
 
 @pytest.mark.slow
 def test_certificate_never_accepts_a_wrong_sample_in_two_hundred_random_heads():
-    assert _sweep(range(200)) > 400
+    assert _sweep(range(200), quick=False) > 400
 
 
 def test_linear_input_uses_all_rows():

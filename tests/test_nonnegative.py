@@ -122,10 +122,10 @@ def lenet_o(seed: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(192, 100),
-    ).double()
+    )
     for p in model.parameters():
         nn.init.uniform_(p, -0.5, 0.5)
-    return model
+    return model.double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -139,6 +139,7 @@ def test_invert_through_a_rank_deficient_layer(dtype: torch.dtype) -> None:
     last = found.layers[0]
     assert last.rank < last.unknowns  # the equations alone leave the last convolution's input open
     assert last.solver.endswith("+nonnegative")
+    assert any("x >= 0" in note for note in found.notes)
     assert found.verified
     psnr = -10 * float((found.inputs.double() - x).square().mean().log10())
     assert psnr > (200 if dtype == torch.float64 else 90)

@@ -223,8 +223,8 @@ def separate_mse_head(
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        If a shape, type or value is wrong; if there is neither a bias gradient nor targets (then x is determined up to a
-        factor only); if the batch is larger than n.
+        If a shape, type or value is wrong; if there is neither a bias gradient nor targets (then x is determined
+        up to a factor only); if the batch is larger than n.
 
     Notes
     -----

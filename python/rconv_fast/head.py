@@ -6,7 +6,8 @@ Notation of :mod:`rconv_fast.head_roots`: n classes, d features, B samples,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -41,10 +42,12 @@ _PAIRING = 1e-8
 _IDLE_ROUNDS = 3
 # The joint solve: problems at once, and the bound of problems * B^6; label counts tried; draws of a mean softmax.
 _JOINT_BATCH = 64
-_JOINT_WORK = 8 * 10**9
+_JOINT_WORK = 10**9
 _HYPOTHESES = 128
-_HYPOTHESIS_WORK = 7 * 10**7
+_HYPOTHESIS_WORK = 4 * 10**7
 _DRAWS = 256
+# Heads with at most so many classes are separated on one CPU thread.
+_ONE_THREAD_CLASSES = 256
 # Where one sample's equations outnumber its unknowns by more, the joint solve adds nothing.
 _JOINT_EXCESS = 6
 # Standard deviations, in logits, of the starting points (the first of each class is 0).
@@ -318,10 +321,23 @@ def separate_softmax_batch(
     head, given = _checked_head(
         function, grad_weight, grad_bias, weight, bias, batch_size, labels, label_smoothing, reduction, seed
     )
-    single = _single_sample(head, batch_size, given)
-    if single is None:
-        single = _separate(head, batch_size, given)
-    return _cast(single, grad_weight.dtype)
+    result = _single_sample(head, batch_size, given)
+    if result is None:
+        with _few_threads(grad_weight):
+            result = _separate(head, batch_size, given)
+    return _cast(result, grad_weight.dtype)
+
+
+@contextmanager
+def _few_threads(grad_weight: Tensor) -> Iterator[None]:
+    """Run small problems on one thread: thousands of tiny products, where waiting threads cost more than they do."""
+    before = torch.get_num_threads()
+    small = grad_weight.device.type == "cpu" and grad_weight.shape[0] <= _ONE_THREAD_CLASSES
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _checked_head(
@@ -383,8 +399,10 @@ def _single_sample(head: _Head, batch_size: int | None, given: Tensor | None) ->
     gap = target - targets_of(label[None], len(target), head.label_smoothing, target.dtype)[0]
     values = torch.stack([mixed, gap.norm() / square.sqrt(), square.sqrt(), logits.abs().max(), label.double()])
     rank_gap, residual, size, reach, y = values.tolist()  # the only synchronisation
+    if not rank_gap <= _SAFETY * head.rounding:  # also NaN, of a zero bias gradient
+        return None
     limit = _SAFETY * head.rounding * max(1.0, reach) * max(1.0, 1.0 / size)
-    if not (rank_gap <= _SAFETY * head.rounding and residual <= min(limit, _CERTIFICATE_LIMIT)):
+    if not residual <= min(limit, _CERTIFICATE_LIMIT):
         return None
     if given is not None and int(given[0]) != int(y):
         return None
@@ -412,6 +430,11 @@ def _separate(head: _Head, batch_size: int | None, given: Tensor | None) -> Head
     return _assemble(head, found)
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vh
+
+
 def _factorise(head: _Head) -> Tensor:
     """Set the full factors ``[dW, kappa db] = U S V^T`` and return the singular values."""
     if head.grad_bias is None:
@@ -421,7 +444,7 @@ def _factorise(head: _Head) -> Tensor:
         matrix = torch.cat([head.grad_weight, kappa * head.grad_bias[:, None]], 1)
         weight = torch.cat([head.weight, head.bias[:, None] / kappa], 1)
         offset = torch.zeros_like(head.bias)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, vh = _svd(matrix)
     head.factors = HeadFactors(u, s, vh, weight, offset, kappa)
     return s
 
@@ -652,7 +675,7 @@ def _fits_smaller_weight(head: _Head, system: RootSystem, solution: JointSolutio
     return bool(other.cost[0] <= max(1e-6, 10 * float(solution.cost[best])))
 
 
-def _joint_samples(head: _Head, factors: HeadFactors, system: RootSystem, p: Tensor, labels: Tensor) -> _Found | None:
+def _joint_samples(head: _Head, factors: HeadFactors, p: Tensor, labels: Tensor) -> _Found | None:
     """Certify a joint solution: every sample's own equations, and ``q_a^T p_b = 0`` between samples."""
     slope = factors.weight @ (factors.vh.mT * factors.s)
     logits = p @ slope.mT + factors.offset

@@ -8,6 +8,7 @@ Beyond ``2 B > n`` one sample has no more equations than unknowns, but the batch
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -79,7 +80,7 @@ def count_hypotheses(estimate: Tensor, lower: Tensor, total: int, limit: int) ->
         best[max(range(len(best)), key=lambda y: target[y] - best[y])] += 1
 
     def cost(counts: tuple[int, ...]) -> float:
-        return sum((k - t) ** 2 for k, t in zip(counts, target, strict=True))
+        return math.fsum((k - t) ** 2 for k, t in zip(counts, target, strict=True))
 
     first = tuple(best)
     seen = {first}

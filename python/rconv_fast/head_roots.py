@@ -153,7 +153,7 @@ class Roots:
     @property
     def size(self) -> Tensor:
         """``|softmax - e_y|``, shape (m,)."""
-        return self.d.norm(dim=1)
+        return self.d.square().sum(1).sqrt()
 
 
 def targets_of(labels: Tensor, n_classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
@@ -252,7 +252,8 @@ def root_spread(
     values = torch.maximum(values, torch.finfo(values.dtype).eps * values[:, -1:]).clamp_min(1e-300)
     trace = ((move @ vectors).square().sum(1) / values).sum(1)
     directions = max(1, factors.n_classes - 1 - factors.rank)
-    return (trace / directions).sqrt() / (roots.p * factors.s).norm(dim=1)
+    spread: Tensor = (trace / directions).sqrt() / (roots.p * factors.s).norm(dim=1)
+    return spread
 
 
 def solve_roots(

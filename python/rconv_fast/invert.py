@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -133,7 +133,7 @@ def invert(
     ----------
     R-CONV (Eltaras et al., WISE 2024), sections 3 and 4; R-CONV++ (Computing 107:156, 2025).
     """
-    shape = _check_arguments(model, input_shape, loss, prior, batch_size)
+    shape = _check_arguments(model, input_shape, loss, prior, batch_size, dtype)
     named = _named_gradients(model, gradients)
     precision = rounding_of(*named.values())
     work = copy.deepcopy(model).to(dtype)
@@ -220,6 +220,13 @@ def _conclude(walk: Walk, inputs: Tensor, head: HeadCandidate, residual: float, 
         determined = torch.zeros_like(determined)
         worst = max(contradicted, key=lambda r: r.residual)
         notes.append(f"the equations of {worst.name} contradict each other (residual {worst.residual:.1e})")
+    completed = [
+        report.name
+        for name, report in walk.reports.items()
+        if name != walk.graph.input and report.solver.endswith("+nonnegative")
+    ]
+    if completed:
+        notes.append(f"the inputs of {', '.join(completed)} follow from their equations and x >= 0 behind a ReLU")
     if not bool(determined.all()):
         choice = "minimum-norm choice" if walk.prior is None else f"choice of the prior {walk.prior!r}"
         notes.append(f"values that are not determined are the {choice}")
@@ -270,15 +277,26 @@ def forward_activations(graph: Graph, inputs: Tensor) -> dict[str, Tensor]:
 
 
 def _check_arguments(
-    model: nn.Module, input_shape: Sequence[int], loss: str, prior: str | None, batch_size: int | None
+    model: nn.Module,
+    input_shape: Sequence[int],
+    loss: str,
+    prior: str | None,
+    batch_size: int | None,
+    dtype: torch.dtype,
 ) -> tuple[int, ...]:
     require_type(isinstance(model, nn.Module), "invert", "model", "be a torch.nn.Module", type(model).__name__)
     require(any(True for _ in model.parameters()), "invert", "model", "have parameters", "none")
-    shape = tuple(int(size) for size in input_shape)
+    sized = isinstance(input_shape, Sequence) and all(isinstance(size, int) for size in input_shape)
+    require_type(sized, "invert", "input_shape", "be a sequence of int", repr(input_shape))
+    shape = tuple(input_shape)
     require(len(shape) >= 1 and min(shape) >= 1, "invert", "input_shape", "be one sample's shape", shape)
     require(loss in LOSSES, "invert", "loss", f"be one of {', '.join(LOSSES)}", repr(loss))
     require(prior in PRIORS, "invert", "prior", f"be one of {PRIORS}", repr(prior))
-    require(batch_size is None or batch_size >= 1, "invert", "batch_size", "be at least 1", batch_size)
+    if batch_size is not None:
+        require_type(isinstance(batch_size, int), "invert", "batch_size", "be an int", repr(batch_size))
+        require(batch_size >= 1, "invert", "batch_size", "be at least 1", batch_size)
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require_type(floating, "invert", "dtype", "be a real floating type", repr(dtype))
     return shape
 
 
@@ -288,7 +306,9 @@ def _named_gradients(model: nn.Module, gradients: Mapping[str, Tensor] | Sequenc
     if isinstance(gradients, Mapping):
         named = dict(gradients)
     else:
-        listed = list(gradients)
+        iterable = isinstance(gradients, Iterable) and not torch.is_tensor(gradients)
+        listed, kind = list(gradients) if iterable else [], type(gradients).__name__
+        require_type(bool(listed), "invert", "gradients", "be a mapping or a sequence of tensors", kind)
         count = len(parameters)
         require(
             len(listed) == count,

@@ -262,7 +262,7 @@ class Walk:
             progress=lambda i, r: self.progress(Event(label, "solve", i, None, r)),
         )
         bar = self._bar()
-        settled = found.converged and (bool(found.determined.all()) or found.residual > bar)
+        settled = found.converged and (self._is_fixed(step, found) or found.residual > bar)
         if settled or not self._never_negative(step):
             return found
         return solve_nonnegative(
@@ -271,6 +271,15 @@ class Walk:
             tolerance=bar,
             progress=lambda i, r: self.progress(Event(label, "nonnegative", i, None, r)),
         )
+
+    @staticmethod
+    def _is_fixed(step: Step, found: Solution) -> bool:
+        """Whether the equations determine all values; of copies that a rearrangement made, one is enough."""
+        fixed = found.determined.reshape(step.shape)
+        if not isinstance(step.rule, RearrangeRule) or bool(fixed.all()):
+            return bool(fixed.all())
+        known = Knowledge(found.x.reshape(step.shape), fixed.to(found.x))
+        return all(step.rule.pull_value(known, operand, ()).is_full for operand in range(len(step.inputs)))
 
     def _bar(self) -> float:
         """Relative residual up to which equations agree with each other."""

@@ -152,6 +152,7 @@ def conv_rule(
 ) -> Rule:
     """A convolution with symmetric zero padding (the graph splits off every other padding)."""
     (x,) = call.operands
+    padding = 0 if isinstance(padding, str) else padding
     if x.ndim != weight.ndim:
         return UnsupportedRule(kind, f"{kind} on an input without batch axis")
     geometry = ConvGeometry.create(
@@ -214,7 +215,7 @@ def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[st
         return linear_rule(name, call, *_bind(args, kwargs, weight=None, bias=None).values())
     if name in CONV_CALLS:
         bound = _bind(args, kwargs, weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1)
-        if isinstance(bound["padding"], str):
+        if bound["padding"] == "same":
             return UnsupportedRule(name, f"padding {bound['padding']!r} in a functional convolution")
         return conv_rule(name, call, **bound)
     if len(call.operands) == 1 and not (set(kwargs) & {"input", "self"}):

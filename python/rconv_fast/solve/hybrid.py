@@ -41,7 +41,7 @@ CHEAP_DISSECTION_FLOPS = 5e9
 MAX_DENSE_UNKNOWNS = 6144
 # Above this many unknowns the inner iterations run in float32 (four times faster convolutions on a CPU).
 MIXED_PRECISION_UNKNOWNS = 20_000
-MAX_ITERATIONS = 5000
+MAX_ITERATIONS, MAX_MIXED_ITERATIONS = 2000, 5000
 # Data asked to be solved less precisely than this are noisy.
 NOISY = 1e-12
 # The residual is recomputed each time it has fallen this much; float32 products drift sooner.
@@ -66,18 +66,19 @@ class Plan:
 def plans(system: System, rtol: float) -> Iterator[Plan]:
     """The plans for a system, cheapest first; each next one is for when the last did not converge."""
     mixed = system.unknowns >= MIXED_PRECISION_UNKNOWNS
+    budget = MAX_MIXED_ITERATIONS if mixed else MAX_ITERATIONS
     if system.support is None and _coverage(system) >= GRADIENT_COVERAGE:
         # A large weight of the gradient rows costs no iterations: the preconditioner inverts them exactly.
-        yield Plan("phase-cholesky", 1e3, mixed)
+        yield Plan("phase-cholesky", 1e3, mixed, budget)
         return
     flops = _dissection_flops(system)
     # The gradient rows only fix what the weight rows leave nearly open: a small weight costs few iterations,
     # but it lets noise in those rows through, so rounded gradients go to the balanced Jacobi iteration first.
-    by_dissection = Plan("dissection", 1e-8)
+    by_dissection = Plan("dissection", 1e-9)
     exact = rtol < NOISY
     if exact and flops <= CHEAP_DISSECTION_FLOPS:
         yield by_dissection
-    yield Plan("jacobi", 1.0, mixed, MAX_ITERATIONS if flops > MAX_DISSECTION_FLOPS else MAX_ITERATIONS // 2)
+    yield Plan("jacobi", 1.0, mixed, budget if flops > MAX_DISSECTION_FLOPS else budget // 2)
     if (not exact or flops > CHEAP_DISSECTION_FLOPS) and flops <= MAX_DISSECTION_FLOPS:
         yield by_dissection
 
@@ -110,24 +111,23 @@ def _dissection_flops(system: System) -> float:
 
 def solve_hybrid(system: System, *, rtol: float, progress: Progress | None = None) -> Solution:
     """Solve all blocks together; the rank is computed where it is in doubt and can be."""
-    best: tuple[KrylovResult, Plan, Preconditioner, System] | None = None
+    best: tuple[KrylovResult, Built, System] | None = None
     for plan in plans(system, rtol):
         balanced = balance(system, plan.gradient_weight)
-        preconditioner, plan = _build(balanced, plan)
-        result = _iterate(balanced, preconditioner, plan, rtol, progress)
+        built = _build(balanced, plan)
+        result = _iterate(balanced, built, rtol, progress)
         if best is None or result.residual < best[0].residual:
-            best = result, plan, preconditioner, balanced
+            best = result, built, balanced
         if result.converged:
             break
     assert best is not None
-    result, plan, preconditioner, balanced = best
+    result, built, balanced = best
     enough = balanced.count >= balanced.unknowns and bool(_touched(balanced).all())
-    small = balanced.unknowns <= MAX_DENSE_UNKNOWNS
-    if small and not (enough and result.converged):
+    if not (enough and result.converged) and balanced.unknowns <= MAX_DENSE_UNKNOWNS:
         return _solve_dense(balance(system, 1.0), rtol)
-    determined = _probe(balanced, preconditioner, plan, result.iterations)
+    determined = _touched(balanced) if built.proven else _probe(balanced, built, result.iterations)
     full = bool(determined.all())
-    if small and not full:  # a preconditioned iteration finds a solution, but not the one of least norm
+    if not full and balanced.unknowns <= MAX_DENSE_UNKNOWNS:  # exact rank, and the minimum norm
         return _solve_dense(balance(system, 1.0), rtol)
     return Solution(
         x=result.x,
@@ -137,7 +137,7 @@ def solve_hybrid(system: System, *, rtol: float, progress: Progress | None = Non
         determined=determined,
         residual=balanced.residual(result.x),
         condition=math.nan,
-        solver=plan.name,
+        solver=built.plan.name,
         converged=result.converged,
         iterations=result.iterations,
     )
@@ -153,31 +153,45 @@ def balance(system: System, gradient_weight: float) -> System:
     return System(system.shape, tuple(blocks), system.support)
 
 
-def _build(system: System, plan: Plan) -> tuple[Preconditioner, Plan]:
+@dataclass(frozen=True)
+class Built:
+    """A plan carried out: its preconditioner, and whether building it proved that the system has full rank."""
+
+    plan: Plan
+    preconditioner: Preconditioner
+    proven: bool = False
+
+
+def _build(system: System, plan: Plan) -> Built:
     """The planned preconditioner, or Jacobi where its factorisation fails."""
     dtype = torch.float32 if plan.mixed else system.rhs[0].dtype
-    built: Preconditioner | None = None
     if plan.preconditioner == "phase-cholesky":
-        built = phase_cholesky(system, dtype)
+        by_phase = phase_cholesky(system, dtype)
+        if by_phase is not None:
+            return Built(plan, by_phase)
     elif plan.preconditioner == "dissection":
         (rows,) = (block for block in system.blocks if isinstance(block, WeightRows))
         factored = dissection(rows)
-        built = factored[0] if factored is not None else None
-    if built is not None:
-        return built, plan
-    return jacobi(system, dtype), replace(plan, preconditioner="jacobi")
+        if factored is not None:
+            return Built(plan, *factored)
+    return Built(replace(plan, preconditioner="jacobi"), jacobi(system, dtype))
 
 
-def _iterate(
-    system: System, preconditioner: Preconditioner, plan: Plan, rtol: float, progress: Progress | None
-) -> KrylovResult:
+def _iterate(system: System, built: Built, rtol: float, progress: Progress | None) -> KrylovResult:
     """Float32 passes first where the plan says so; what they leave is finished in float64."""
-    budget = plan.max_iterations
-    if not plan.mixed:
-        return refine(system, preconditioner, inner_rtol=1e-11, rtol=rtol, max_iterations=budget, progress=progress)
+    budget = built.plan.max_iterations
+    if not built.plan.mixed:
+        return refine(
+            system,
+            built.preconditioner,
+            inner_rtol=REPLACEMENT,
+            rtol=rtol,
+            max_iterations=budget,
+            progress=progress,
+        )
     coarse = refine(
         system,
-        preconditioner,
+        built.preconditioner,
         inner_dtype=torch.float32,
         inner_rtol=MIXED_REPLACEMENT,
         rtol=rtol,
@@ -189,7 +203,7 @@ def _iterate(
     rhs = [b - q for b, q in zip(system.rhs, system.apply(coarse.x), strict=True)]
     fine = refine(
         system,
-        preconditioner,
+        built.preconditioner,
         rhs=rhs,
         inner_rtol=REPLACEMENT,
         rtol=rtol / coarse.residual,
@@ -197,10 +211,7 @@ def _iterate(
         progress=progress,
     )
     return KrylovResult(
-        coarse.x + fine.x,
-        coarse.iterations + fine.iterations,
-        coarse.residual * fine.residual,
-        fine.converged,
+        coarse.x + fine.x, coarse.iterations + fine.iterations, coarse.residual * fine.residual, fine.converged
     )
 
 
@@ -218,7 +229,7 @@ PROBE_EVERY, PROBE_PATIENCE = 10, 1.5
 PROBES = 2
 
 
-def _probe(system: System, preconditioner: Preconditioner, plan: Plan, iterations: int) -> Tensor:
+def _probe(system: System, built: Built, iterations: int) -> Tensor:
     """Which values the equations fix, by projecting random vectors z on the row space.
 
     The solution of ``M x = M z`` that starts from 0 agrees with z in the determined values, and in others only
@@ -227,15 +238,13 @@ def _probe(system: System, preconditioner: Preconditioner, plan: Plan, iteration
     generator = torch.Generator().manual_seed(0)
     determined = torch.ones(system.shape, dtype=torch.bool, device=system.rhs[0].device)
     for _ in range(PROBES):
-        determined &= _agreement(system, preconditioner, plan, iterations, generator)
+        determined &= _agreement(system, built, iterations, generator)
         if bool(determined.all()):
             break
     return determined
 
 
-def _agreement(
-    system: System, preconditioner: Preconditioner, plan: Plan, iterations: int, generator: torch.Generator
-) -> Tensor:
+def _agreement(system: System, built: Built, iterations: int, generator: torch.Generator) -> Tensor:
     """Where the solution for one random z agrees with it; no z is near 0, as which untouched values come out."""
     z = torch.rand(system.shape, generator=generator, dtype=torch.float64).to(system.rhs[0]) - 0.5
     z = z + z.sign()
@@ -243,10 +252,10 @@ def _agreement(
         z = z * system.support
     result = refine(
         system,
-        preconditioner,
+        built.preconditioner,
         rhs=system.apply(z),
-        inner_dtype=torch.float32 if plan.mixed else None,
-        inner_rtol=MIXED_REPLACEMENT if plan.mixed else REPLACEMENT,
+        inner_dtype=torch.float32 if built.plan.mixed else None,
+        inner_rtol=MIXED_REPLACEMENT if built.plan.mixed else REPLACEMENT,
         rtol=0.0,
         max_iterations=max(PROBE_EVERY, int(PROBE_PATIENCE * iterations)),
         accept=lambda x: bool((x - z).abs().max() < PROBE_TOLERANCE),

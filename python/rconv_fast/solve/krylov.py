@@ -47,7 +47,7 @@ CHECK_EVERY = {"cpu": 1, "cuda": 8}
 # have reached its rounding.
 PATIENCE = 400
 # A residual that has fallen this far and then stops falling has reached its rounding.
-DEEP, PATIENCE_AT_ROUNDING = 1e-10, 20
+DEEP, PATIENCE_AT_ROUNDING = 1e-13, 20
 # ``P^-1/2 M^T r`` of a unit r below this many roundings is 0: what is left of r lies outside the range of M.
 ROUNDING_UNITS = 16
 # When the recomputed ``M^T r`` has gained less than this, only the rounding of the recomputation is left.

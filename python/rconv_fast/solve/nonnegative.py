@@ -2,17 +2,21 @@
 
 ``{x : M x = b, x >= 0}`` is a single point as soon as the zeros outnumber the open directions about twice (Wendel
 1962: n random half-spaces in k dimensions share a direction with the probability that n - 1 coins show fewer
-than k heads). The point is found by block principal pivoting (Kim and Park 2011): solve on the values taken to
-be positive; drop those that come out negative; take back those whose multiplier
+than k heads). The point is found by exchange (block principal pivoting, Kim and
+Park 2011): solve on the free values, fix those that come out negative, free those whose multiplier
 
     ``g = M^T (M x - b)``
 
-is negative. That it is the only one is proven, not assumed. With S the zeros and P the rest, it is when ``M_P`` has
+is negative. Should that wander, a projected Newton method takes over (Bertsekas 1982): it goes towards the solve on
+the free values, clipped at 0, only as far as the misfit falls.
+
+That it is the only one is proven, not assumed. With S the zeros and P the rest, it is when ``M_P`` has
 full column rank and there is a y with
 
     ``M_P^T y = 0,  M_S^T y > 0``:
 
-for every other solution ``x + d`` has ``d_S >= 0`` and ``0 = y^T M d = (M_S^T y)^T d_S``, so ``d_S = 0``, so ``d_P = 0``.
+for every other solution ``x + d`` has ``d_S >= 0`` and ``0 = y^T M d = (M_S^T y)^T d_S``, so ``d_S = 0``, and then
+``M_P d_P = 0`` leaves only ``d_P = 0``.
 Such a y is the residual of a second problem of the same kind (Farkas): the direction d that comes closest to
 ``M d = 0``, ``d_S >= 0``, ``sum d_S = sqrt(|S|)``.
 """
@@ -33,9 +37,15 @@ from rconv_fast.solve.rows import System
 from rconv_fast.solve.solution import Solution
 
 # Sweeps of the pivoting, each a Krylov solve of so many iterations.
-MAX_SWEEPS, SWEEP_ITERATIONS = 40, 300
-# Sweeps that may pass without halving the residual; below the second number nothing is left to halve.
+MAX_SWEEPS, SWEEP_ITERATIONS = 80, 300
+# Sweeps of plain exchange, fast but not sure to end; then every sweep must lower the misfit.
+EXCHANGES = 20
+# A step towards the solve is halved until the clipped misfit falls, at most to this.
+MIN_STEP = 1e-3
+# Sweeps that may pass without halving the residual once the equations hold; at the second number all is rounding.
 PATIENCE, ROUNDING = 3, 1e-14
+# The same where the equations do not hold yet.
+PATIENCE_BEFORE = 25
 # Iterations of a solve that is to be exact.
 EXACT_ITERATIONS = 4000
 # Values below this multiple of the most negative one (or of the rounding) are zeros.
@@ -48,12 +58,11 @@ PROBE_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Pivoted:
-    """Where the pivoting stands: values, ``M x - b``, its relative norm, ``M^T (M x - b)``, iterations so far."""
+    """A solve on the free values: they, ``M x - b``, its relative norm, iterations so far."""
 
     x: Tensor
     misfit: list[Tensor]
     residual: float
-    multiplier: Tensor
     iterations: int
 
 
@@ -82,19 +91,19 @@ def solve_nonnegative(
     References
     ----------
     Kim and Park, "Fast nonnegative matrix factorization: an active-set-like method and comparisons", SIAM J. Sci.
-    Comput. 33, 2011; Wendel, "A problem in geometric probability", Math. Scand. 11, 1962.
+    Comput. 33, 2011; Bertsekas, "Projected Newton methods for optimization problems with simple constraints", SIAM J.
+    Control Optim. 20, 1982; Wendel, "A problem in geometric probability", Math. Scand. 11, 1962.
     """
     if not any(bool(part.any()) for part in system.rhs):
         return solution
     balanced = balance(system, 1.0)
-    found = pivot(balanced, _support(system), solution.x, _stalling(), progress)
+    found = pivot(balanced, _support(system), solution.x, _stalling(tolerance), progress)
     if found.residual > tolerance:
         return solution
-    noise = max(-float(found.x.min()), ZERO_FLOOR * float(found.x.abs().max()))
-    positive = found.x > ZERO_FACTOR * noise
-    x, spent = _solve_on(balanced, positive, torch.where(positive, found.x, 0.0))
+    positive = found.x > _threshold(found.x)
+    x, spent = _solve_on(balanced, positive, found.x * positive)
     residual = balanced.residual(x)
-    if residual > tolerance or float(x.min()) < -ZERO_FACTOR * noise:
+    if residual > tolerance or float(x.min()) < -_threshold(found.x):
         return solution
     unique = has_full_rank(balanced, positive) and certificate(balanced, positive) is not None
     return replace(
@@ -108,14 +117,19 @@ def solve_nonnegative(
     )
 
 
-def _stalling() -> Callable[[Pivoted], bool]:
+def _threshold(x: Tensor) -> float:
+    """Values below this are zeros: no true value is negative, so the negative ones show the noise."""
+    return ZERO_FACTOR * max(-float(x.min()), ZERO_FLOOR * float(x.abs().max()))
+
+
+def _stalling(tolerance: float) -> Callable[[Pivoted], bool]:
     """Stop when the residual is rounding or has not halved for some sweeps."""
     best, since = math.inf, 0
 
     def done(state: Pivoted) -> bool:
         nonlocal best, since
         best, since = (state.residual, 0) if state.residual < best / 2 else (best, since + 1)
-        return state.residual <= ROUNDING or since >= PATIENCE
+        return state.residual <= ROUNDING or since >= (PATIENCE if best <= tolerance else PATIENCE_BEFORE)
 
     return done
 
@@ -127,26 +141,54 @@ def pivot(
     done: Callable[[Pivoted], bool],
     progress: Progress | None = None,
 ) -> Pivoted:
-    """``min ||M x - b||`` with ``x >= 0`` where `bounded`, from `x`, until `done`."""
+    """``min ||M x - b||`` with ``x >= 0`` where `bounded`, from `x`, until `done` with an unclipped solve."""
     support = _support(system)
-    scale = math.sqrt(sum(float(part.square().sum()) for part in system.rhs))
-    passive = support & ~(bounded & (x < 0))
-    iterations = 0
-    for _ in range(MAX_SWEEPS):
-        start = torch.where(passive, torch.where(bounded, x.clamp_min(0.0), x), 0.0)
-        x, spent = _solve_on(system, passive, start, SWEEP_ITERATIONS, mixed=True)
+    scale = _norm(system.rhs)
+
+    def clipped(v: Tensor) -> Tensor:
+        return torch.where(support, torch.where(bounded, v.clamp_min(0.0), v), 0.0)
+
+    x, iterations = clipped(x), 0
+    misfit = _misfit(system, x)
+    free = support & (~bounded | (x > 0) | (system.adjoint(misfit) < 0))
+    for sweep in range(MAX_SWEEPS):
+        target, spent = _solve_on(system, free, x, SWEEP_ITERATIONS, mixed=True)
         iterations += spent
-        misfit = [q - b for q, b in zip(system.apply(x), system.rhs, strict=True)]
-        residual = math.sqrt(sum(float(part.square().sum()) for part in misfit)) / scale
-        state = Pivoted(x, misfit, residual, system.adjoint(misfit), iterations)
+        missed = _misfit(system, target)
+        state = Pivoted(target, missed, _norm(missed) / scale, iterations)
         if progress is not None:
-            progress(iterations, residual)
+            progress(iterations, state.residual)
         if done(state):
             break
-        leave = passive & bounded & (x < 0)
-        enter = support & ~passive & (state.multiplier < 0)
-        passive = (passive & ~leave) | enter
+        if sweep < EXCHANGES:
+            x = clipped(target)
+            free = support & (~bounded | (x > 0) | (~free & (system.adjoint(missed) < 0)))
+            continue
+        x, misfit = _descend(system, clipped, x, target)
+        free = support & (~bounded | (x > 0) | (system.adjoint(misfit) < 0))
     return state
+
+
+def _descend(
+    system: System, clipped: Callable[[Tensor], Tensor], x: Tensor, target: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The clipped point on the way from `x` to `target` that lowers the misfit; also its misfit."""
+    before, step = _norm(_misfit(system, x)), 1.0
+    while True:
+        trial = clipped(x + step * (target - x))
+        misfit = _misfit(system, trial)
+        step /= 2
+        if _norm(misfit) < before or step < MIN_STEP:
+            return trial, misfit
+
+
+def _misfit(system: System, x: Tensor) -> list[Tensor]:
+    """``M x - b``."""
+    return [q - b for q, b in zip(system.apply(x), system.rhs, strict=True)]
+
+
+def _norm(parts: list[Tensor]) -> float:
+    return math.sqrt(sum(float(part.square().sum()) for part in parts))
 
 
 def _solve_on(
@@ -156,11 +198,10 @@ def _solve_on(
     restricted = replace(system, support=support)
     coarse = mixed and system.unknowns >= MIXED_PRECISION_UNKNOWNS
     dtype = torch.float32 if coarse else start.dtype
-    rhs = [b - q for b, q in zip(system.rhs, system.apply(start), strict=True)]
     result = refine(
         restricted,
         jacobi(restricted, dtype),
-        rhs=rhs,
+        rhs=[-part for part in _misfit(system, start)],
         inner_dtype=dtype,
         inner_rtol=1e-4 if coarse else 1e-8,
         rtol=1e-15,
@@ -256,8 +297,8 @@ def certificate(system: System, positive: Tensor) -> Tensor | None:
 
     state = pivot(farkas, zero, start, signed)
     # The same to rounding: on the values left free M^T (M d - b) is then 0, and the others have room.
-    d, _ = _solve_on(farkas, support & (positive | (state.x > 0)), state.x.clamp_min(0.0).where(zero, state.x))
-    w = multipliers([q - b for q, b in zip(farkas.apply(d), farkas.rhs, strict=True)])
+    d, _ = _solve_on(farkas, positive | (state.x != 0), state.x)
+    w = multipliers(_misfit(farkas, d))
     proven = float(w[zero].min()) > POSITIVE and float((w * positive).abs().max()) < NEARLY_ZERO
     return w if proven else None
 

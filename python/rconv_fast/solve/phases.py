@@ -94,7 +94,7 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
     if factors:
         factor = GramFactor(tuple(factors), ())
         rhs = [rows.rhs - rows.apply(x)]
-        result = refine(system, factor.solve, rhs=rhs, inner_rtol=1e-12, rtol=0.0, max_iterations=30)
+        result = refine(system, factor.solve, rhs=rhs, inner_rtol=1e-12, rtol=rtol, max_iterations=30)
         for part in factors:  # the SVD's phases keep their minimum-norm values
             scatter_phase(x[:, part.channels], part.phase, gather_phase(result.x[:, part.channels], part.phase))
         iterations = result.iterations

@@ -35,7 +35,7 @@ def phase_cholesky(system: System, dtype: torch.dtype) -> Preconditioner | None:
 MAX_UNDAMPED_CONDITION, DAMPING = 1e7, 1e-7
 
 
-def dissection(rows: WeightRows) -> tuple[Preconditioner, float] | None:
+def dissection(rows: WeightRows) -> tuple[Preconditioner, bool] | None:
     """``(A^T w^2 A)^-1`` by nested dissection, one factor a sample (one for all where all outputs are known).
 
     Returns the preconditioner and a lower bound of the condition number; None where rows are missing so that
@@ -49,7 +49,8 @@ def dissection(rows: WeightRows) -> tuple[Preconditioner, float] | None:
     weight = rows.weight * scale
     factors = [DissectionFactor.factor(rows.geometry, weight, mask) for mask in masks]
     condition = max(factor.condition_estimate for factor in factors)
-    if condition > MAX_UNDAMPED_CONDITION or any(factor.is_singular or factor.n_untouched for factor in factors):
+    proven = condition <= MAX_UNDAMPED_CONDITION and not any(f.is_singular or f.n_untouched for f in factors)
+    if not proven:
         damping = DAMPING**2 * float(rows.diagonal().max()) * 4
         try:
             factors = [DissectionFactor.factor(rows.geometry, weight, mask, damping=damping) for mask in masks]
@@ -61,7 +62,7 @@ def dissection(rows: WeightRows) -> tuple[Preconditioner, float] | None:
             return factors[0].solve_normal(v)
         return torch.stack([factor.solve_normal(part) for factor, part in zip(factors, v, strict=True)])
 
-    return solve, condition
+    return solve, proven
 
 
 def gradient_blocks(system: System) -> list[GradientRows]:

@@ -9,7 +9,8 @@ by the alternating direction method of multipliers (Boyd et al. 2011, section 5.
     t   = argmin sum_i ||K_i (x_0 + Z t) - z_i + u_i||^2
     v_i = r K_i x + (1 - r) z_i + u_i,    z_i = prox_{f_i / rho}(v_i),    u_i = v_i - z_i.
 
-Every iterate satisfies the equations to rounding; the terms f_i are met in the limit.
+Every iterate satisfies the equations to rounding; the terms f_i are met in the limit. Where the null space is too
+large to compute, the equations are terms like the others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ import torch
 from torch import Tensor
 
 from rconv_fast.solve.dense import PseudoInverse, normal_matrix
+from rconv_fast.solve.hybrid import balance
+from rconv_fast.solve.krylov import refine
+from rconv_fast.solve.preconditioners import jacobi
 from rconv_fast.solve.rows import System, WeightRows
 from rconv_fast.solve.solution import Solution
 
@@ -31,6 +35,8 @@ MAX_DENSE_UNKNOWNS = 6144
 # The splitting stops when no entry of its two residuals is larger than this (of pixels with a range of 1).
 TOLERANCE = 1e-4
 MAX_ITERATIONS = 3000
+# Without a null space, every step is solved for to this accuracy, in at most so many products.
+STEP_TOLERANCE, STEP_ITERATIONS = 0.05, 20
 # Inequalities are tightened by this much, so that the splitting's error leaves dead units dead.
 MARGIN = 2 * TOLERANCE
 # Penalty at the start, as an inverse step: differences of neighbouring pixels are about 1/20 of the range.
@@ -48,6 +54,10 @@ class Term:
     apply: Callable[[Tensor], Tensor]
     adjoint: Callable[[Tensor], Tensor]
     prox: Callable[[Tensor, float], Tensor]
+
+
+# ``(sum_i K_i^T K_i)^-1`` on the directions left open.
+Step = Callable[[Tensor], Tensor]
 
 
 def apply_prior(system: System, solution: Solution, prior: str, inequalities: Sequence[WeightRows] = ()) -> Solution:
@@ -73,16 +83,17 @@ def apply_prior(system: System, solution: Solution, prior: str, inequalities: Se
     Notes
     -----
     Total variation is isotropic over axes and channels: ``sum_i sqrt(sum_{c,a} (x[c,i+e_a] - x[c,i])^2)``.
-    The null space comes from an eigendecomposition, O(n^3); above `MAX_DENSE_UNKNOWNS` unknowns the
-    solution is handed back as it was.
+    The null space comes from an eigendecomposition, O(n^3). Above `MAX_DENSE_UNKNOWNS` unknowns the equations
+    join the splitting as terms ``M x = b`` and a last projection meets them to rounding.
     """
-    if system.unknowns > MAX_DENSE_UNKNOWNS:
-        return solution
-    null = null_basis(system, solution)
-    if null.shape[1] == 0:
-        return solution
     terms = [*_prior_terms(prior), *(_inequality(rows) for rows in inequalities)]
-    x, iterations = minimise(terms, solution.x, null)
+    if system.unknowns <= MAX_DENSE_UNKNOWNS:
+        null = null_basis(system, solution)
+        if null.shape[1] == 0:
+            return solution
+        x, iterations = minimise(terms, solution.x, _null_step(terms, null, system.shape))
+    else:
+        x, iterations = _minimise_matrix_free(terms, system, solution.x)
     return replace(
         solution,
         x=x,
@@ -106,22 +117,39 @@ def null_basis(system: System, solution: Solution) -> Tensor:
     return null
 
 
-def minimise(terms: Sequence[Term], x0: Tensor, null: Tensor) -> tuple[Tensor, int]:
-    """``min sum_i f_i(K_i x)`` over ``x = x0 + null t``; also the iterations it took."""
-    columns = null.mT.reshape(-1, *x0.shape)
-    normal = torch.zeros_like(null)
-    for j, column in enumerate(columns):
-        normal[:, j] = sum(term.adjoint(term.apply(column)) for term in terms).reshape(-1)  # type: ignore[union-attr]
+def _null_step(terms: Sequence[Term], null: Tensor, shape: torch.Size) -> Step:
+    """``Z (Z^T H Z)^-1 Z^T v``, ``H = sum_i K_i^T K_i``: the step stays in the null space."""
+    normal = torch.empty_like(null)
+    for j in range(null.shape[1]):
+        normal[:, j] = _normal(terms, null[:, j].reshape(shape)).reshape(-1)
     factor = torch.linalg.cholesky(null.mT @ normal)
-    x, rho = x0, PENALTY
+
+    def step(v: Tensor) -> Tensor:
+        found: Tensor = null @ torch.cholesky_solve(null.mT @ v.reshape(-1, 1), factor)
+        return found.reshape(v.shape)
+
+    return step
+
+
+def _normal(terms: Sequence[Term], x: Tensor) -> Tensor:
+    """``sum_i K_i^T K_i x``."""
+    total = torch.zeros_like(x)
+    for term in terms:
+        total += term.adjoint(term.apply(x))
+    return total
+
+
+def minimise(terms: Sequence[Term], x: Tensor, step: Step) -> tuple[Tensor, int]:
+    """``min sum_i f_i(K_i x)`` over the points that `step` reaches from `x`; also the iterations it took."""
+    rho = PENALTY
     kx = [term.apply(x) for term in terms]
     z = [term.prox(v, rho) for term, v in zip(terms, kx, strict=True)]
     u = [torch.zeros_like(v) for v in kx]
     for iteration in range(1, MAX_ITERATIONS + 1):
-        pull = x0.new_zeros(x0.shape)
+        pull = torch.zeros_like(x)
         for i, term in enumerate(terms):
             pull += term.adjoint(z[i] - u[i] - kx[i])
-        x = x + (null @ torch.cholesky_solve(null.mT @ pull.reshape(-1, 1), factor)).reshape(x0.shape)
+        x = x + step(pull)
         primal = dual = 0.0
         for i, term in enumerate(terms):
             kx[i] = term.apply(x)
@@ -136,6 +164,50 @@ def minimise(terms: Sequence[Term], x0: Tensor, null: Tensor) -> tuple[Tensor, i
             change = _balance(primal, dual)
             rho, u = rho * change, [ui / change for ui in u]
     return x, iteration
+
+
+def _minimise_matrix_free(terms: Sequence[Term], system: System, x: Tensor) -> tuple[Tensor, int]:
+    """The equations as terms of their own, met to rounding by a last projection."""
+    balanced = balance(system, 1.0)
+    support = system.support
+    equations = [Term(block.apply, block.adjoint, _constant(block.rhs)) for block in balanced.blocks]
+    terms = [*terms, *equations]
+
+    def step(v: Tensor) -> Tensor:
+        return _conjugate_gradients(lambda d: _normal(terms, d), v if support is None else v * support)
+
+    x, iterations = minimise(terms, x, step)
+    missing = [b - q for b, q in zip(balanced.rhs, balanced.apply(x), strict=True)]
+    last = refine(
+        balanced,
+        jacobi(balanced, x.dtype),
+        rhs=missing,
+        inner_rtol=1e-8,
+        rtol=1e-14,
+        max_iterations=MAX_ITERATIONS,
+    )
+    return x + last.x, iterations + last.iterations
+
+
+def _constant(value: Tensor) -> Callable[[Tensor, float], Tensor]:
+    return lambda _, __: value
+
+
+def _conjugate_gradients(apply: Callable[[Tensor], Tensor], rhs: Tensor) -> Tensor:
+    """``apply^-1 rhs`` for a symmetric positive operator, to the accuracy that a step of the splitting needs."""
+    x, r, p = torch.zeros_like(rhs), rhs, rhs
+    rr = torch.sum(r * r)
+    goal = STEP_TOLERANCE**2 * float(rr)
+    for _ in range(STEP_ITERATIONS):
+        if float(rr) <= goal:  # synchronize!
+            break
+        q = apply(p)
+        alpha = rr / torch.sum(p * q)
+        x = x + alpha * p
+        r = r - alpha * q
+        rr, previous = torch.sum(r * r), rr
+        p = r + (rr / previous) * p
+    return x
 
 
 def _balance(primal: float, dual: float) -> float:
@@ -168,11 +240,11 @@ def _inequality(rows: WeightRows) -> Term:
     scale = torch.where(size > 0, 1 / size, 0.0).nan_to_num(0.0, 0.0, 0.0)
     bound = torch.where(size > 0, rows.rhs * scale - MARGIN, 0.0)
     unit = replace(rows, row_weight=rows.row_weight * scale, rhs=bound)
-    return Term(unit.apply, unit.adjoint, lambda v, rho: torch.minimum(v, bound))
+    return Term(unit.apply, unit.adjoint, lambda v, _: torch.minimum(v, bound))
 
 
 def differences(x: Tensor) -> Tensor:
-    """Forward differences along every spatial axis, 0 at the far border: (axes, B, C, \\*in)."""
+    """Forward differences along every spatial axis, 0 at the far border: (axes, B, C, ``*in``)."""
     parts = []
     for axis in range(2, x.ndim):
         d = torch.zeros_like(x)
