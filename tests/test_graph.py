@@ -163,6 +163,24 @@ def test_residual_sums(combine: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert_recovered(Network(forward, skip=nn.Conv2d(24, 48, 1, bias=False)), photo(SIZE))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("first", [True, False], ids=["a", "b"])
+def test_a_known_branch_leaves_the_other_one_known(first: bool, sign: int) -> None:
+    """The head sees one branch by itself and the sum: the other branch's outputs are equations as well."""
+
+    def forward(net: Network, x: Tensor) -> Tensor:
+        a, b = net.left(x), torch.tanh(net.right(x))
+        a, b = (a, b) if first else (b, a)
+        total = a + b if sign > 0 else a - b
+        seen = b if first else a
+        return net.fc(torch.cat([F.relu(total), seen], 1).flatten(1))
+
+    branches = {"left": nn.Conv2d(3, 12, 5, 2, 2), "right": nn.Conv2d(3, 12, 3, 2, 1), "fc": nn.Linear(864, CLASSES)}
+    network = Network(forward, **branches)
+    del network.conv1, network.conv2
+    assert_recovered(network, photo(SIZE))
+
+
 def test_nested_and_listed_modules() -> None:
     class Block(nn.Module):
         def __init__(self, *sizes: int) -> None:

@@ -243,6 +243,7 @@ def test_the_model_is_left_untouched() -> None:
     shared = gradients_of(model.eval(), photo())
     del shared["head.bias"]  # it was not trained
     model.head.bias.requires_grad_(False)
+    model.conv1.weight.requires_grad_(False)
     model.stem.weight.grad = torch.full_like(model.stem.weight, 7.0)
     hook = model.norm1.register_forward_hook(lambda *_: None)
     given = {name: g.clone() for name, g in shared.items()}
@@ -285,6 +286,7 @@ def test_a_float32_model_is_solved_in_float64() -> None:
     assert result.verified
     assert result.inputs.dtype == torch.float64
     assert not result.inputs.requires_grad
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_the_report_of_a_result() -> None:

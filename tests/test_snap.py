@@ -182,6 +182,15 @@ def test_rounded_bias_gradients_are_no_mistake() -> None:
     assert layer.wrong_sides(found.value) == 0
 
 
+def test_wrong_units_are_found_behind_rounded_gradients() -> None:
+    layer = make_layer("ReLU", 1e-6)
+    bury(layer, (0, 1, 2, 3), 2e-6)
+    precision = EPS[torch.float32]
+    assert layer.wrong_sides(layer.snap(None, precision).value) == 1
+    found = layer.snap(layer.grad_bias.float().double(), precision)
+    assert (layer.wrong_sides(found.value), found.toggled) == (0, 1)
+
+
 def test_smooth_activations_are_only_clamped_to_their_range() -> None:
     a = torch.tensor([[-1e-9, 0.3, 1 + 1e-9]], dtype=torch.float64)
     found = snap(activation.sigmoid(), a, torch.ones_like(a), None, precision=EPS[torch.float64])

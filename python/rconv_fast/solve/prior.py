@@ -34,7 +34,7 @@ PRIORS = (None, "box", "nonnegative", "tv")
 MAX_DENSE_UNKNOWNS = 6144
 # The splitting stops when no entry of its two residuals is larger than this (of pixels with a range of 1).
 TOLERANCE = 1e-4
-MAX_ITERATIONS = 3000
+MAX_ITERATIONS = 1500
 # Without a null space, every step is solved for to this accuracy, in at most so many products.
 STEP_TOLERANCE, STEP_ITERATIONS = 0.05, 20
 # Inequalities are tightened by this much, so that the splitting's error leaves dead units dead.
@@ -112,7 +112,7 @@ def null_basis(system: System, solution: Solution) -> Tensor:
     inside = system.support.reshape(-1)
     u, s, _ = torch.linalg.svd(inverse.null[inside], full_matrices=False)
     basis = u[:, s > 0.5]
-    null = basis.new_zeros(len(inside), basis.shape[1])
+    null: Tensor = basis.new_zeros(len(inside), basis.shape[1])
     null[inside] = basis
     return null
 
@@ -125,8 +125,7 @@ def _null_step(terms: Sequence[Term], null: Tensor, shape: torch.Size) -> Step:
     factor = torch.linalg.cholesky(null.mT @ normal)
 
     def step(v: Tensor) -> Tensor:
-        found: Tensor = null @ torch.cholesky_solve(null.mT @ v.reshape(-1, 1), factor)
-        return found.reshape(v.shape)
+        return (null @ torch.cholesky_solve(null.mT @ v.reshape(-1, 1), factor)).reshape(v.shape)
 
     return step
 
