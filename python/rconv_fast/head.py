@@ -46,8 +46,11 @@ _JOINT_WORK = 10**9
 _HYPOTHESES = 128
 _HYPOTHESIS_WORK = 4 * 10**7
 _DRAWS = 256
-# Heads with at most so many classes are separated on one CPU thread.
+# Values looked at before a whole tensor.
+_PROBE = 256
+# Heads with at most so many classes, or on machines with at most so many threads, are separated on one CPU thread.
 _ONE_THREAD_CLASSES = 256
+_ONE_THREAD_OF = 2
 # Where one sample's equations outnumber its unknowns by more, the joint solve adds nothing.
 _JOINT_EXCESS = 6
 # Standard deviations, in logits, of the starting points (the first of each class is 0).
@@ -173,11 +176,16 @@ def recover_linear_input(grad_weight: Tensor, grad_bias: Tensor) -> Tensor:
 
 def rounding_of(*tensors: Tensor | None) -> float:
     """Unit roundoff of the coarsest format that holds every value: float64 gradients may be rounded float32."""
-    given = [t.detach() for t in tensors if t is not None]
+    given = [t.detach().reshape(-1) for t in tensors if t is not None]
     for coarse in (torch.bfloat16, torch.float16, torch.float32):
-        if all(bool((t.to(coarse).to(t.dtype) == t).all()) for t in given):
+        # a few values decide almost always
+        if all(_holds(coarse, t[:_PROBE]) for t in given) and all(_holds(coarse, t) for t in given):
             return float(torch.finfo(coarse).eps)
     return float(torch.finfo(torch.float64).eps)
+
+
+def _holds(coarse: torch.dtype, values: Tensor) -> bool:
+    return values.dtype == coarse or bool((values.to(coarse).to(values.dtype) == values).all())
 
 
 def numerical_rank(singular_values: Tensor, shape: tuple[int, int], rounding: float) -> int:
@@ -332,8 +340,8 @@ def separate_softmax_batch(
 def _few_threads(grad_weight: Tensor) -> Iterator[None]:
     """Run small problems on one thread: thousands of tiny products, where waiting threads cost more than they do."""
     before = torch.get_num_threads()
-    small = grad_weight.device.type == "cpu" and grad_weight.shape[0] <= _ONE_THREAD_CLASSES
-    torch.set_num_threads(1 if small else before)
+    small = grad_weight.shape[0] <= _ONE_THREAD_CLASSES or before <= _ONE_THREAD_OF
+    torch.set_num_threads(1 if small and grad_weight.device.type == "cpu" else before)
     try:
         yield
     finally:

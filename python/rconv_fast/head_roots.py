@@ -205,7 +205,8 @@ def _normal_matrix(
     """``J^T J`` of all equations, the Jacobian of the softmax, and the pairing equation's row of J."""
     # d softmax = (diag(s) - s s^T) G dz = J dz; J^T (I - UU^T) J = J^T J - (U^T J)^T (U^T J). The difference only
     # steers the step: the right-hand side uses the projected residual itself.
-    jacobian = softmax[:, :, None] * (system.g - (softmax @ system.g)[:, None, :])
+    jacobian = softmax[:, :, None] * system.g
+    jacobian.baddbmm_(softmax[:, :, None], (softmax @ system.g)[:, None, :], alpha=-1)
     inside = system.u.mT @ jacobian
     row = (scale * weight)[:, None] * (q @ system.t + (p[:, None, :] @ inside)[:, 0])
     normal = jacobian.mT @ jacobian - inside.mT @ inside + row[:, :, None] * row[:, None, :]
