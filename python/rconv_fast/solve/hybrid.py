@@ -74,7 +74,7 @@ def plans(system: System, rtol: float) -> Iterator[Plan]:
     flops = _dissection_flops(system)
     # The gradient rows only fix what the weight rows leave nearly open: a small weight costs few iterations,
     # but it lets noise in those rows through, so rounded gradients go to the balanced Jacobi iteration first.
-    by_dissection = Plan("dissection", 1e-9)
+    by_dissection = Plan("dissection", 1e-10)
     exact = rtol < NOISY
     if exact and flops <= CHEAP_DISSECTION_FLOPS:
         yield by_dissection
