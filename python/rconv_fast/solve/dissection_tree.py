@@ -71,13 +71,26 @@ class Axis:
         return part.hi - part.lo, part.hull_lo - part.lo, part.hull_hi - part.lo, n_rows, first_row, phase
 
     def cut(self, part: Interval) -> tuple[Interval, Interval] | None:
-        """Left and right of the separator nearest to the middle, or None if one of them would be empty."""
-        s, p = self.stride, self.padding
-        twice_middle = part.lo + part.hi - self.separator
-        start = (twice_middle + 2 * p + s) // (2 * s) * s - p
-        if not part.lo < start < part.hi - self.separator:
+        """Left and right of a separator in the middle half, or None if one of them would be empty.
+
+        Cuts lie on the coarsest grid of ``s 2^j`` that has a line there: parts between two cuts are then
+        translates of one another, which without row weights share one factor.
+        """
+        s, p, last = self.stride, self.padding, part.hi - self.separator - 1
+        margin = (part.hi - part.lo) // 4
+        starts = _multiples(s, p, max(part.lo + 1, part.lo + margin), min(last, last + 1 - margin))
+        starts = starts or _multiples(s, p, part.lo + 1, last)
+        if not starts:
             return None
+        middle = (part.lo + last + 1) / 2
+        line = max(starts, key=lambda m: (m & -m, -abs(m * s - p - middle)))
+        start = line * s - p
         return self.interval(part.lo, start), self.interval(start + self.separator, part.hi)
+
+
+def _multiples(s: int, p: int, first: int, last: int) -> range:
+    """All m with ``first <= m s - p <= last``."""
+    return range(-(-(first + p) // s), (last + p) // s + 1)
 
 
 Box = tuple[Interval, ...]

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from rconv_fast.solve.dense import PseudoInverse, normal_matrix
 from rconv_fast.solve.dissection import DissectionFactor
-from rconv_fast.solve.krylov import KrylovResult, Preconditioner, Progress, refine
+from rconv_fast.solve.krylov import DEEP, KrylovResult, Preconditioner, Progress, refine
 from rconv_fast.solve.phases import count_phases
-from rconv_fast.solve.preconditioners import dissection, gradient_blocks, jacobi, phase_cholesky
+from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, phase_cholesky
 from rconv_fast.solve.rows import GradientRows, System, WeightRows
+from rconv_fast.solve.sketch import sketch_size
 from rconv_fast.solve.solution import Solution
 
 # Share of a channel's unknowns that the gradient rows must cover for factoring them to pay.
@@ -72,9 +73,8 @@ def plans(system: System, rtol: float) -> Iterator[Plan]:
         yield Plan("phase-cholesky", 1e3, mixed, budget)
         return
     flops = _dissection_flops(system)
-    # The gradient rows only fix what the weight rows leave nearly open: a small weight costs few iterations,
-    # but it lets noise in those rows through, so rounded gradients go to the balanced Jacobi iteration first.
-    by_dissection = Plan("dissection", 1e-10)
+    # The dissection takes a sketch of the gradient rows; rounded gradients are better served by all of them.
+    by_dissection = Plan("dissection", 1.0)
     exact = rtol < NOISY
     if exact and flops <= CHEAP_DISSECTION_FLOPS:
         yield by_dissection
@@ -106,26 +106,28 @@ def _dissection_flops(system: System) -> float:
         return math.inf
     memory, flops = DissectionFactor.estimate(block.geometry, row_weights=not shared)
     samples = 1 if shared else system.shape[0]
-    return float(flops) * samples if memory * samples <= MAX_DISSECTION_BYTES else math.inf
+    total = memory * samples + 2 * 8 * sketch_size(system.shape) * system.unknowns
+    return float(flops) * samples if total <= MAX_DISSECTION_BYTES else math.inf
 
 
 def solve_hybrid(system: System, *, rtol: float, progress: Progress | None = None) -> Solution:
     """Solve all blocks together; the rank is computed where it is in doubt and can be."""
-    best: tuple[KrylovResult, Built, System] | None = None
+    best: tuple[KrylovResult, float, Built, System] | None = None
     for plan in plans(system, rtol):
         balanced = balance(system, plan.gradient_weight)
         built = _build(balanced, plan)
-        result = _iterate(balanced, built, rtol, progress)
-        if best is None or result.residual < best[0].residual:
-            best = result, built, balanced
+        result = _iterate(built, rtol, progress)
+        residual = balanced.residual(result.x)
+        if best is None or residual < best[1]:
+            best = result, residual, built, balanced
         if result.converged:
             break
     assert best is not None
-    result, built, balanced = best
+    result, residual, built, balanced = best
     enough = balanced.count >= balanced.unknowns and bool(_touched(balanced).all())
     if not (enough and result.converged) and balanced.unknowns <= MAX_DENSE_UNKNOWNS:
         return _solve_dense(balance(system, 1.0), rtol)
-    determined = _touched(balanced) if built.proven else _probe(balanced, built, result.iterations)
+    determined = _touched(balanced) if built.proven else _probe(built, result.iterations)
     full = bool(determined.all())
     if not full and balanced.unknowns <= MAX_DENSE_UNKNOWNS:  # exact rank, and the minimum norm
         return _solve_dense(balance(system, 1.0), rtol)
@@ -135,7 +137,7 @@ def solve_hybrid(system: System, *, rtol: float, progress: Progress | None = Non
         unknowns=balanced.unknowns,
         rows=balanced.count,
         determined=determined,
-        residual=balanced.residual(result.x),
+        residual=residual,
         condition=math.nan,
         solver=built.plan.name,
         converged=result.converged,
@@ -155,9 +157,10 @@ def balance(system: System, gradient_weight: float) -> System:
 
 @dataclass(frozen=True)
 class Built:
-    """A plan carried out: its preconditioner, and whether building it proved that the system has full rank."""
+    """A plan carried out: equations, their preconditioner, and whether building it proved that they have full rank."""
 
     plan: Plan
+    system: System
     preconditioner: Preconditioner
     proven: bool = False
 
@@ -168,18 +171,17 @@ def _build(system: System, plan: Plan) -> Built:
     if plan.preconditioner == "phase-cholesky":
         by_phase = phase_cholesky(system, dtype)
         if by_phase is not None:
-            return Built(plan, by_phase)
+            return Built(plan, system, by_phase)
     elif plan.preconditioner == "dissection":
-        (rows,) = (block for block in system.blocks if isinstance(block, WeightRows))
-        factored = dissection(rows)
-        if factored is not None:
-            return Built(plan, *factored)
-    return Built(replace(plan, preconditioner="jacobi"), jacobi(system, dtype))
+        dissection = SketchedDissection.create(system)
+        if dissection is not None:
+            return Built(plan, dissection.system, dissection, dissection.proven)
+    return Built(replace(plan, preconditioner="jacobi"), system, jacobi(system, dtype))
 
 
-def _iterate(system: System, built: Built, rtol: float, progress: Progress | None) -> KrylovResult:
-    """Float32 passes first where the plan says so; what they leave is finished in float64."""
-    budget = built.plan.max_iterations
+def _iterate(built: Built, rtol: float, progress: Progress | None) -> KrylovResult:
+    """Float32 products first where the plan says so; what they leave is finished in float64."""
+    system, budget = built.system, built.plan.max_iterations
     if not built.plan.mixed:
         return refine(
             system,
@@ -198,7 +200,7 @@ def _iterate(system: System, built: Built, rtol: float, progress: Progress | Non
         max_iterations=budget,
         progress=progress,
     )
-    if coarse.residual <= rtol or coarse.iterations >= budget:
+    if coarse.residual <= max(rtol, DEEP) or coarse.iterations >= budget:
         return coarse
     rhs = [b - q for b, q in zip(system.rhs, system.apply(coarse.x), strict=True)]
     fine = refine(
@@ -229,23 +231,24 @@ PROBE_EVERY, PROBE_PATIENCE = 10, 1.5
 PROBES = 2
 
 
-def _probe(system: System, built: Built, iterations: int) -> Tensor:
+def _probe(built: Built, iterations: int) -> Tensor:
     """Which values the equations fix, by projecting random vectors z on the row space.
 
     The solution of ``M x = M z`` that starts from 0 agrees with z in the determined values, and in others only
     by chance. The answer z is known, so the iteration stops when it has been found.
     """
     generator = torch.Generator().manual_seed(0)
-    determined = torch.ones(system.shape, dtype=torch.bool, device=system.rhs[0].device)
+    determined = torch.ones(built.system.shape, dtype=torch.bool, device=built.system.rhs[0].device)
     for _ in range(PROBES):
-        determined &= _agreement(system, built, iterations, generator)
+        determined &= _agreement(built, iterations, generator)
         if bool(determined.all()):
             break
     return determined
 
 
-def _agreement(system: System, built: Built, iterations: int, generator: torch.Generator) -> Tensor:
+def _agreement(built: Built, iterations: int, generator: torch.Generator) -> Tensor:
     """Where the solution for one random z agrees with it; no z is near 0, as which untouched values come out."""
+    system = built.system
     z = torch.rand(system.shape, generator=generator, dtype=torch.float64).to(system.rhs[0]) - 0.5
     z = z + z.sign()
     if system.support is not None:

@@ -52,6 +52,8 @@ DEEP, PATIENCE_AT_ROUNDING = 1e-13, 20
 ROUNDING_UNITS = 16
 # When the recomputed ``M^T r`` has gained less than this, only the rounding of the recomputation is left.
 STALL = 0.5
+# Where each iteration gains this factor, the correction that is left after a small one is smaller still.
+FAST = 0.1
 
 
 def refine(
@@ -109,7 +111,7 @@ def refine(
     reference = start = math.sqrt(max(float(gamma), 0.0))
     if start <= floor:
         return KrylovResult(x, 0, 1.0, True)
-    best, best_iteration, iteration, converged = 1.0, 0, 0, False
+    best, best_iteration, iteration, renewals, converged = 1.0, 0, 0, 0, False
     try:
         while iteration < max_iterations:
             iteration += 1
@@ -132,7 +134,12 @@ def refine(
                     break
                 if relative < best / 2:
                     best, best_iteration = relative, iteration
+                fast = float(gamma) < FAST**2 * float(previous)
+                if renewals and fast and relative < ROUNDING_UNITS * torch.finfo(x.dtype).eps:
+                    converged = True
+                    break
                 if now <= max(inner_rtol * reference, floor):
+                    renewals += 1
                     x = x + step.to(x.dtype) * size
                     residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
                     renewed, last = _norm(residual), reference * size

@@ -88,6 +88,15 @@ class GradientRows:
         """``B^T y``."""
         return apply_weight_adjoint(self.geometry, self.grad_output, y)
 
+    def adjoints(self, y: Tensor) -> Tensor:
+        """``B^T y`` of each y, (n, F, C/groups, *K) -> (n, B, C, *in), by one convolution of n C channels."""
+        g, n = self.geometry, len(y)
+        merged = apply_weight_adjoint(
+            replace(g, in_channels=n * g.in_channels), self.grad_output, y.transpose(0, 1).flatten(1, 2)
+        )
+        split = merged.reshape(len(merged), g.groups, n, g.in_channels // g.groups, *g.input_size)
+        return split.movedim(2, 0).flatten(2, 3)
+
     def diagonal(self) -> Tensor:
         """``sum_{f,k} g[b,f,u]^2``: the same for all channels of a group."""
         geometry = replace(self.geometry, in_channels=self.geometry.groups)

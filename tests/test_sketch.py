@@ -1,0 +1,98 @@
+"""Sketches of equations, and the factor of weight rows with a sketch, against dense matrices."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from layers import random_grad_output, random_input, random_weight
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.operators import apply_gradient, apply_weight
+from rconv_fast.solve import GradientRows, PointRows, System, WeightRows, hybrid, solve
+from rconv_fast.solve.preconditioners import SketchedDissection
+from rconv_fast.solve.sketch import SketchRows, sketch_size
+from rconv_fast.testing import geometry as make
+from rconv_fast.testing import random_geometry
+
+DOUBLE = {"dtype": torch.float64}
+GEOMETRIES = {
+    "square 5x5 stride 2": make((3, 12), (12, 12), 5, stride=2, padding=2),
+    "groups": make((4, 32), (7, 6), 3, groups=2, padding=1),
+    "1-D": make((2, 6), (15,), 3, padding=1),
+    "3-D": make((1, 9), (4, 5, 6), 3, stride=(1, 2, 1), padding=1),
+}
+
+
+def rows_of(g: ConvGeometry, batch: int, share: float = 1.0) -> tuple[Tensor, GradientRows, WeightRows]:
+    x, weight, grad = (
+        random_input(g, batch, **DOUBLE),
+        random_weight(g, **DOUBLE),
+        random_grad_output(g, batch, **DOUBLE),
+    )
+    known = (torch.rand_like(grad) < share).double()
+    gradient = GradientRows.create(g, apply_gradient(g, x, grad), grad)
+    return x, gradient, WeightRows.create(g, weight, apply_weight(g, x, weight), known)
+
+
+def matrix_of(system: System) -> Tensor:
+    unit = torch.eye(system.unknowns, **DOUBLE).reshape(-1, *system.shape)
+    return torch.stack([torch.cat([part.flatten() for part in system.apply(e)]) for e in unit], dim=1)
+
+
+def test_many_adjoints_at_once_are_single_ones() -> None:
+    generator = random.Random(5)
+    for _ in range(40):
+        g = random_geometry(generator)
+        _, gradient, _ = rows_of(g, 2)
+        y = torch.randn(3, *gradient.rhs.shape, **DOUBLE)
+        together = gradient.adjoints(y)
+        for one, single in zip(together, y, strict=True):
+            assert torch.allclose(one, gradient.adjoint(single), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("g", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_a_sketch_holds_for_the_solution_and_has_its_adjoint(g: ConvGeometry) -> None:
+    x, gradient, _ = rows_of(g, 2)
+    points = PointRows.create(x, torch.ones_like(x))
+    sketch = SketchRows.create([gradient, points], x.shape)
+    assert sketch.count == sketch_size(x.shape)
+    assert torch.allclose(sketch.apply(x), sketch.rhs, rtol=1e-10)
+    y = torch.randn_like(sketch.rhs)
+    assert torch.allclose(torch.sum(sketch.adjoint(y) * x), y @ sketch.apply(x), rtol=1e-10)
+    dense = matrix_of(System(x.shape, (sketch,)))
+    assert torch.allclose(dense.square().sum(0), sketch.diagonal().flatten())
+
+
+def test_no_more_combinations_than_rows() -> None:
+    x, gradient, _ = rows_of(make((1, 2), (20, 20), 2), 1)
+    assert SketchRows.create([gradient], x.shape).count == gradient.count == 8
+
+
+@pytest.mark.parametrize("share", [1.0, 0.95])
+@pytest.mark.parametrize("g", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_the_preconditioner_inverts_its_system(g: ConvGeometry, share: float) -> None:
+    _, gradient, outputs = rows_of(g, 2, share)
+    system = hybrid.balance(System((2, g.in_channels, *g.input_size), (gradient, outputs)), 1.0)
+    preconditioner = SketchedDissection.create(system)
+    matrix = matrix_of(preconditioner.system)
+    v = torch.randn(system.shape, **DOUBLE)
+    product = preconditioner((matrix.T @ (matrix @ v.flatten())).reshape(v.shape))
+    assert float((product - v).norm() / v.norm()) < 0.1, "float32 factors, damping and one application"
+
+
+def test_weight_rows_that_are_singular_are_completed_by_the_sketch() -> None:
+    g = GEOMETRIES["square 5x5 stride 2"]
+    x, gradient, outputs = rows_of(g, 1)
+    weight = outputs.weight.clone()
+    weight[-1] = weight[0]  # 36 of 432 equations say the same as others
+    repeated = WeightRows.create(g, weight, apply_weight(g, x, weight), torch.ones_like(outputs.rhs))
+    system = hybrid.balance(System(x.shape, (gradient, repeated)), 1.0)
+    preconditioner = SketchedDissection.create(system)
+    assert preconditioner is not None
+    assert not preconditioner.proven
+    found = solve(System(x.shape, (gradient, repeated)), solver="hybrid")
+    assert found.determined.all()
+    assert float((found.x - x).abs().max()) < 1e-9
