@@ -13,7 +13,7 @@ namespace rconv {
 namespace {
 
 // Below this many entries starting threads costs more than it saves.
-constexpr int64_t kSerialEntries = 1 << 18;
+constexpr int64_t kSerialEntries = 1 << 14;
 
 int threads_for(Cpu lane, int64_t n_entries) {
   return n_entries < kSerialEntries ? 1 : std::max(1, lane.n_threads);

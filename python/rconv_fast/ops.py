@@ -318,7 +318,7 @@ def _gradient_components(grad_output: Tensor, numbers: Numbers, drop_zeros: bool
         crow, col, origin = torch.ops.rconv_fast.nonzero_pattern(grad_output, numbers)
         return grad_output.reshape(-1).index_select(0, origin), crow, col
     crow, col = torch.ops.rconv_fast.pattern(numbers, grad_output.device)
-    return torch.ops.rconv_fast.values(grad_output, crow, col.shape[0], numbers), crow, col
+    return _values_of(grad_output, crow, col.shape[0], numbers), crow, col
 
 
 def _weight_components(weight: Tensor, numbers: Numbers, mask: Tensor | None) -> Components:
@@ -327,7 +327,18 @@ def _weight_components(weight: Tensor, numbers: Numbers, mask: Tensor | None) ->
         crow = start
     else:
         start, crow, col = torch.ops.rconv_fast.masked_pattern(mask, numbers)
-    return torch.ops.rconv_fast.values(weight, start, col.shape[0], numbers), crow, col
+    return _values_of(weight, start, col.shape[0], numbers), crow, col
+
+
+def _values_of(source: Tensor, start: Tensor, nnz: int, numbers: Numbers) -> Tensor:
+    """Call the operator, below autograd where no gradient is asked for: its wrapper costs half a small matrix."""
+    values: Tensor
+    if source.requires_grad or torch.compiler.is_compiling():
+        values = torch.ops.rconv_fast.values(source, start, nnz, numbers)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            values = torch.ops.rconv_fast.values(source, start, nnz, numbers)
+    return values
 
 
 def _to_csr(components: Components, numbers: Numbers) -> Tensor:
