@@ -115,7 +115,8 @@ def plain(given: Layer) -> tuple[Tensor, int]:
     diagonal_b = torch.nn.grad.conv2d_input(shape, ones, grad.square(), **options)
     diagonal_a = torch.nn.grad.conv2d_input(shape, weight.square(), mask, **options)
     b = float(diagonal_a.mean() / diagonal_b.mean())
-    inverse = 1 / (b * diagonal_b + diagonal_a)
+    diagonal = b * diagonal_b + diagonal_a
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)  # black pixels that no equation meets
     right = b * adjoint(given.grad_weight)
     right = right + torch.nn.grad.conv2d_input(shape, weight, given.output * mask, **options)
     x = torch.zeros_like(given.x)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from rconv_fast.binary_head import HeadReading, separate_logistic_head, separate_mse_head
 from rconv_fast.errors import RconvError, UnsupportedModelError, require
-from rconv_fast.graph import Graph
-from rconv_fast.head import separate_softmax_batch
-from rconv_fast.layers.rules import ConvRule
+from rconv_fast.graph import Graph, Step
+from rconv_fast.head import numerical_rank, rounding_of, separate_softmax_batch
+from rconv_fast.layers.rules import ActivationRule, ConvRule
+from rconv_fast.peeling import PeeledBatch, peel_relu_batch
 
 
 @dataclass(frozen=True)
 class HeadCandidate:
-    """One reading of the head: ``dL/dlogits`` (B, n), labels, and the head's inputs (B, d) where they are known."""
+    """One reading of the head: ``dL/dlogits`` (B, n), labels, and the tensors known with them, by step."""
 
     grad_logits: Tensor
     labels: Tensor
-    inputs: Tensor | None
+    values: dict[str, Tensor]
     certificates: Tensor
     complete: bool
     notes: list[str] = field(default_factory=list)
@@ -49,7 +51,7 @@ def head_candidates(
     grad_weight, weight = rule.grad_weight.squeeze(-1), rule.weight.squeeze(-1)
     head = (grad_weight, rule.grad_bias, weight, rule.bias)
     if loss == "cross_entropy":
-        return [_softmax_candidate(step.label, head, batch_size, labels)]
+        return [_softmax_candidate(graph, head, batch_size, labels)]
     function = f"invert: {loss} head at {step.label!r}"
     if loss == "mse":
         targets = None if labels is None else torch.as_tensor(labels).to(weight).reshape(-1, len(weight))
@@ -59,25 +61,33 @@ def head_candidates(
         readings = separate_logistic_head(*head)
     if not readings:
         raise RconvError(f"{function} must hold the gradient of one sample, got one that no sample explains")
-    return [_reading_candidate(reading) for reading in readings]
+    return [_reading_candidate(step.inputs[0], reading) for reading in readings]
 
 
 Head = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
-def _reading_candidate(reading: HeadReading) -> HeadCandidate:
-    """One reading of a logistic or regression head."""
+def _reading_candidate(name: str, reading: HeadReading) -> HeadCandidate:
+    """One reading of a logistic or regression head, whose input is the step `name`."""
     residuals = torch.full((len(reading.inputs),), reading.residual, dtype=torch.float64)
-    return HeadCandidate(reading.grad_logits, reading.targets, reading.inputs, residuals, complete=True)
+    return HeadCandidate(reading.grad_logits, reading.targets, {name: reading.inputs}, residuals, complete=True)
 
 
 def _softmax_candidate(
-    label: str, head: Head, batch_size: int | None, labels: Sequence[int] | Tensor | None
+    graph: Graph, head: Head, batch_size: int | None, labels: Sequence[int] | Tensor | None
 ) -> HeadCandidate:
-    """The separated samples, each repeated as often as it occurs."""
+    """The samples of a batch; from a stack of ReLU layers where the head alone mixes too many."""
+    step = graph.steps[graph.output]
+    stack = _relu_stack(graph)
+    if stack is not None and _batch_size(stack, batch_size) > len(head[0]) - 2:
+        peeled = peel_relu_batch(stack.layers, stack.gradients, batch_size=batch_size)
+        if len(peeled.inputs):
+            return _peeled_candidate(graph, stack, peeled)
     separation = separate_softmax_batch(*head, batch_size=batch_size, labels=labels)
     if not len(separation.inputs):
-        raise RconvError(f"invert: the head at {label!r} must hold separable samples, got none ({separation.reason})")
+        raise RconvError(
+            f"invert: the head at {step.label!r} must hold separable samples, got none ({separation.reason})"
+        )
     index = torch.repeat_interleave(separation.multiplicities)
     share = separation.multiplicities.to(separation.grad_logits)[:, None]
     notes = [separation.reason] if separation.reason else []
@@ -86,8 +96,62 @@ def _softmax_candidate(
     return HeadCandidate(
         (separation.grad_logits / share)[index],
         separation.labels[index],
-        separation.inputs[index],
+        {step.inputs[0]: separation.inputs[index]},
         separation.residuals[index],
         separation.complete,
         notes,
     )
+
+
+@dataclass(frozen=True)
+class _ReluStack:
+    """Fully connected layers with ReLUs between them, down to the logits; `steps` from the first one's input on."""
+
+    steps: list[Step]
+    layers: list[tuple[Tensor, Tensor]]
+    gradients: list[tuple[Tensor, Tensor]]
+
+
+def _relu_stack(graph: Graph) -> _ReluStack | None:
+    """The stack that ends the network, if it has two layers or more, with biases and all gradients."""
+    steps = [graph.steps[graph.output]]
+    while len(graph.consumers[steps[-1].inputs[0]]) == 1:
+        before = graph.steps[steps[-1].inputs[0]]
+        linear = isinstance(before.rule, ConvRule) and before.rule.geometry.n_taps == 1 and len(before.shape) == 2
+        relu = isinstance(before.rule, ActivationRule) and before.rule.activation.name == "ReLU"
+        if not (linear if isinstance(steps[-1].rule, ActivationRule) else relu):
+            break
+        steps.append(before)
+    if isinstance(steps[-1].rule, ActivationRule):
+        steps.pop()
+    layers, gradients = [], []
+    for step in reversed(steps):
+        rule = step.rule
+        if isinstance(rule, ConvRule):
+            if rule.bias is None or rule.grad_weight is None or rule.grad_bias is None:
+                return None
+            layers.append((rule.weight.squeeze(-1), rule.bias))
+            gradients.append((rule.grad_weight.squeeze(-1), rule.grad_bias))
+    if len(layers) < 2:
+        return None
+    return _ReluStack([graph.steps[steps[-1].inputs[0]], *reversed(steps)], layers, gradients)
+
+
+def _batch_size(stack: _ReluStack, batch_size: int | None) -> int:
+    """The batch size, or what the rank of the first layer's gradient says."""
+    if batch_size is not None:
+        return batch_size
+    gradient = stack.gradients[0][0]
+    width, features = gradient.shape
+    return numerical_rank(torch.linalg.svdvals(gradient.double()), (width, features), rounding_of(gradient))
+
+
+def _peeled_candidate(graph: Graph, stack: _ReluStack, peeled: PeeledBatch) -> HeadCandidate:
+    """The peeled samples, with every tensor of the stack by a forward run."""
+    values = {stack.steps[0].name: peeled.inputs}
+    for before, step in pairwise(stack.steps):
+        values[step.name] = step.forward(values[before.name])
+    del values[graph.output]
+    notes = [f"the batch was taken apart in {stack.steps[1].label}, as the head alone mixes too many samples"]
+    notes += [peeled.reason] if peeled.reason else []
+    return HeadCandidate(peeled.grad_logits, peeled.labels, values, peeled.residuals, peeled.complete, notes)

@@ -163,7 +163,7 @@ def _attempt(
 ) -> Inversion:
     """The recursion from one reading of the head; further passes where the forward run corrects the first."""
     walk = Walk(graph, precision, report, prior)
-    inputs = walk.run(head.grad_logits, head.inputs)
+    inputs = walk.run(head.grad_logits, head.values)
     residual = gradient_residual(model, gradients, inputs, head.labels, loss)
     bar = tolerance(precision)
     for _ in range(MAX_PASSES):
@@ -171,7 +171,7 @@ def _attempt(
             break
         report(Event("input", "second pass with the activations of the forward run", residual=residual))
         again = Walk(graph, precision, report, prior, patterns=forward_activations(graph, inputs))
-        inputs_again = again.run(head.grad_logits, head.inputs)
+        inputs_again = again.run(head.grad_logits, head.values)
         residual_again = gradient_residual(model, gradients, inputs_again, head.labels, loss)
         if not residual_again < residual:
             break

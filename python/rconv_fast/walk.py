@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -77,8 +77,8 @@ class Walk:
     factors: dict[str, float] = field(default_factory=dict)
     reports: dict[str, LayerReport] = field(default_factory=dict)
 
-    def run(self, grad_logits: Tensor, head_input: Tensor | None = None) -> Tensor:
-        r"""Recover the input (B, \*input_shape) from ``dL/dlogits`` (and the head's input where it is known).
+    def run(self, grad_logits: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+        r"""Recover the input (B, \*input_shape) from ``dL/dlogits`` and the tensors `known` with it, by step.
 
         Raises
         ------
@@ -87,8 +87,7 @@ class Walk:
         """
         output = self.graph.steps[self.graph.output]
         self.grads[output.name] = grad_logits.reshape(output.shape)
-        if head_input is not None and output.inputs:
-            self.values[output.inputs[0]] = head_input
+        self.values.update(known)
         for name in reversed(list(self.graph.steps)[:-1]):
             self._settle_or_stop(self.graph.steps[name])
         return self.values[self.graph.input]

@@ -43,9 +43,9 @@ class InterruptedSolve(KeyboardInterrupt):
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 
-# Iterations (beside half of those done) without halving the residual after which the iteration is taken to
-# have reached its rounding.
-PATIENCE = 400
+# Most iterations (beside half of those done) without halving the residual after which the iteration is taken to have
+# reached its rounding, and how many times what a halving took before.
+PATIENCE, LONG_PLATEAU = 400, 20
 # A residual that has fallen this far and then stops falling has reached its rounding.
 DEEP, PATIENCE_AT_ROUNDING = 1e-13, 20
 # ``P^-1/2 M^T r`` of a unit r below this many roundings is 0: what is left of r lies outside the range of M.
@@ -157,7 +157,7 @@ def refine(
                     if reference <= floor or reference * size > STALL * last:
                         converged = True
                         break
-                elif iteration - best_iteration > (PATIENCE_AT_ROUNDING if best < DEEP else PATIENCE + iteration // 2):
+                elif iteration - best_iteration > _patience(best, best_iteration, iteration):
                     converged = best < DEEP
                     break
             p = torch.addcmul(z, p, gamma / previous)
@@ -166,6 +166,17 @@ def refine(
     x = x + step.to(x.dtype) * size
     final = _norm([bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]) / scale
     return KrylovResult(x, iteration, final, converged)
+
+
+def _patience(best: float, best_iteration: int, iteration: int) -> float:
+    """Iterations without halving the residual that are normal for one that has gone like this."""
+    if best < DEEP:
+        return PATIENCE_AT_ROUNDING
+    most = PATIENCE + iteration // 2
+    if best == 1.0:
+        return most
+    usual = best_iteration / math.log2(1 / best)
+    return min(most, max(PATIENCE_AT_ROUNDING, LONG_PLATEAU * usual))
 
 
 def _norm(parts: list[Tensor]) -> float:
