@@ -27,24 +27,24 @@ def photos(batch: int) -> Tensor:
     return torch.stack([torch.from_numpy(c).permute(2, 0, 1) for c in crops]).double()
 
 
-def network(activation: str, width: int) -> nn.Sequential:
-    """Three convolutions and a head of 100 classes, `width` times method.md's filters."""
+def network(activation: str, filters: int) -> nn.Sequential:
+    """Three convolutions of `filters`, twice and four times as many, and a head of 100 classes."""
     act = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}[activation]
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 32 * width, 5, 2, 2),
+        nn.Conv2d(3, filters, 5, 2, 2),
         act(),
-        nn.Conv2d(32 * width, 64 * width, 5, 2, 2),
+        nn.Conv2d(filters, 2 * filters, 5, 2, 2),
         act(),
-        nn.Conv2d(64 * width, 128 * width, 3, 2, 1),
+        nn.Conv2d(2 * filters, 4 * filters, 3, 2, 1),
         act(),
         nn.Flatten(),
-        nn.Linear(2048 * width, 100),
+        nn.Linear(64 * filters, 100),
     ).double()
 
 
-def setup(activation: str, width: int, batch: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
-    model, x = network(activation, width), photos(batch)
+def setup(activation: str, filters: int, batch: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    model, x = network(activation, filters), photos(batch)
     labels = torch.arange(batch) * 7 % 100
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(F.cross_entropy(model(x), labels), parameters)
@@ -70,16 +70,16 @@ def record(result: tuple[Tensor, Any]) -> dict[str, Any]:
 
 
 def entries() -> list[Entry]:
-    cases = [("leaky_relu", 1, b, torch.float64) for b in SIZES] + [("relu", 2, b, torch.float64) for b in SIZES]
-    cases += [("relu", 1, 4, torch.float64), ("relu", 1, 4, torch.float32)]
+    cases = [("leaky_relu", 32, b, torch.float64) for b in SIZES] + [("relu", 64, b, torch.float64) for b in SIZES]
+    cases += [("relu", 32, 4, torch.float64), ("relu", 32, 4, torch.float32), ("relu", 44, 8, torch.float64)]
     return [
         Entry(
-            f"batch/{activation}-x{width}/{batch}/{str(dtype).removeprefix('torch.')}",
-            lambda a=activation, w=width, b=batch, d=dtype: setup(a, w, b, d),
+            f"batch/{activation}-{filters}/{batch}/{str(dtype).removeprefix('torch.')}",
+            lambda a=activation, f=filters, b=batch, d=dtype: setup(a, f, b, d),
             run,
             record=record,
             once=True,
             quick=batch == 1,
         )
-        for activation, width, batch, dtype in cases
+        for activation, filters, batch, dtype in cases
     ]

@@ -7,7 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from attacks import assert_recovered, gradients_of, photo, some_labels
+from rconv_fast import invert
 from rconv_fast.errors import ArgumentError
 from rconv_fast.peeling import peel_relu_batch
 
@@ -93,3 +96,26 @@ def test_arguments_are_checked():
         peel_relu_batch(layers, grads[:1])
     with pytest.raises(ArgumentError, match="reduction must be"):
         peel_relu_batch(layers, grads, reduction="none")
+
+
+def wide_network(classes=10):
+    """One convolution, then 1024 ReLU neurons that are seldom active."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 24, 3, stride=2, padding=1)
+    wide = nn.Linear(384, 1024)
+    model = nn.Sequential(conv, nn.LeakyReLU(0.2), nn.Flatten(), wide, nn.ReLU(), nn.Linear(1024, classes))
+    with torch.no_grad():
+        wide.bias -= 0.25
+    return model.double()
+
+
+def test_invert_takes_a_batch_apart_in_a_wide_relu_layer():
+    done = assert_recovered(wide_network(), photo(8, batch=12), psnr=200)
+    assert any("taken apart in 3" in note for note in done.result.notes)
+
+
+def test_invert_peels_with_the_batch_size_given():
+    x = photo(8, batch=12)
+    model = wide_network()
+    found = invert(model, gradients_of(model, x, some_labels(12)), x.shape[1:], batch_size=12)
+    assert found.verified

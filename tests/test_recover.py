@@ -6,12 +6,14 @@ import doctest
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
 from layers import convolve, gradient_matrix, random_grad_output, random_input, random_weight, sizes
-from rconv_fast import ConvRecovery, RconvError, recover, recover_conv_input
+from rconv_fast import ConvRecovery, RconvError, constraint_operator, recover, recover_conv_input
 from rconv_fast.errors import ArgumentError, ArgumentTypeError
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.testing import geometry as make
@@ -318,3 +320,29 @@ def check(kind: type[Exception], message: str, *args: Any, **kwargs: Any) -> Non
 def test_the_docstring_is_true() -> None:
     assert doctest.testmod(recover).failed == 0
     assert doctest.testmod(recover).attempted >= 6
+
+
+def test_the_operator_is_the_system_that_is_solved() -> None:
+    torch.manual_seed(3)
+    x = torch.rand(2, 3, 7, 6, dtype=torch.float64)
+    conv = torch.nn.Conv2d(3, 8, (3, 2), stride=(2, 1), padding=1).double()
+    output = conv(x)
+    known = torch.rand_like(output) < 0.7
+    g = torch.randn_like(output)
+    (grad_weight,) = torch.autograd.grad(output, conv.weight, g, retain_graph=True)
+    given = {"weight": conv.weight, "bias": conv.bias, "output": output, "known": known}
+    operator, rhs = constraint_operator(grad_weight, g, (7, 6), **given, stride=(2, 1), padding=1)
+    assert operator.shape == (len(rhs), x.numel())
+    assert np.allclose(operator @ x.numpy().ravel(), rhs.numpy())
+    v, y = np.random.default_rng(0).normal(size=x.numel()), np.random.default_rng(1).normal(size=len(rhs))
+    assert np.isclose(y @ (operator @ v), (operator.T @ y) @ v)
+    found = scipy.sparse.linalg.lsmr(operator, rhs.numpy(), atol=1e-14, btol=1e-14, maxiter=2000)[0]
+    solved = recover_conv_input(grad_weight, g, (7, 6), **given, stride=(2, 1), padding=1)
+    assert np.abs(found - x.numpy().ravel()).max() < 1e-8
+    assert np.abs(found - solved.input.numpy().ravel()).max() < 1e-8
+
+
+def test_the_operator_names_itself_in_errors() -> None:
+    g = torch.ones(1, 2, 4, 4)
+    with pytest.raises(RconvError, match=r"^constraint_operator: weight must be given with output, got None$"):
+        constraint_operator(torch.ones(2, 1, 3, 3), g, (4, 4), output=g, padding=1)

@@ -16,7 +16,7 @@ from rconv_fast.head import HeadSeparation, recover_linear_input, separate_softm
 from rconv_fast.invert import Inversion, invert
 from rconv_fast.metrics import match_samples, mse, psnr, ssim
 from rconv_fast.ops import gradient_constraints, weight_constraints
-from rconv_fast.recover import ConvRecovery, recover_conv_input
+from rconv_fast.recover import ConvRecovery, constraint_operator, recover_conv_input
 from rconv_fast.updates import gradients_from_update
 from rconv_fast.walk import LayerReport
 
@@ -29,6 +29,7 @@ __all__ = [
     "LayerReport",
     "RconvError",
     "UnsupportedModelError",
+    "constraint_operator",
     "gradient_constraints",
     "gradients_from_update",
     "invert",

@@ -149,8 +149,9 @@ def _batch_size(stack: _ReluStack, batch_size: int | None) -> int:
 def _peeled_candidate(graph: Graph, stack: _ReluStack, peeled: PeeledBatch) -> HeadCandidate:
     """The peeled samples, with every tensor of the stack by a forward run."""
     values = {stack.steps[0].name: peeled.inputs}
-    for before, step in pairwise(stack.steps):
-        values[step.name] = step.forward(values[before.name])
+    with torch.no_grad():
+        for before, step in pairwise(stack.steps):
+            values[step.name] = step.forward(values[before.name])
     del values[graph.output]
     notes = [f"the batch was taken apart in {stack.steps[1].label}, as the head alone mixes too many samples"]
     notes += [peeled.reason] if peeled.reason else []

@@ -208,11 +208,7 @@ def _only_input_open(walk: Walk) -> bool:
 
 def _conclude(walk: Walk, inputs: Tensor, head: HeadCandidate, residual: float, bar: float) -> Inversion:
     determined = walk.determined.get(walk.graph.input, torch.ones_like(inputs, dtype=torch.bool))
-    open_layers = [
-        walk.reports[name].name
-        for name, fixed in walk.determined.items()
-        if name in walk.reports and name != walk.graph.input and not bool(fixed.all())
-    ]
+    open_layers = [report.name for name, report in _open_reports(walk) if name != walk.graph.input]
     matched = residual <= bar
     notes = list(head.notes)
     if open_layers and not matched:
@@ -223,6 +219,7 @@ def _conclude(walk: Walk, inputs: Tensor, head: HeadCandidate, residual: float, 
         determined = torch.zeros_like(determined)
         worst = max(contradicted, key=lambda r: r.residual)
         notes.append(f"the equations of {worst.name} contradict each other (residual {worst.residual:.1e})")
+    notes += [_what_misses(report, walk.determined[name]) for name, report in _open_reports(walk)]
     completed = [
         report.name
         for name, report in walk.reports.items()
@@ -243,6 +240,19 @@ def _conclude(walk: Walk, inputs: Tensor, head: HeadCandidate, residual: float, 
         certificates=head.certificates,
         notes=notes,
     )
+
+
+def _open_reports(walk: Walk) -> list[tuple[str, LayerReport]]:
+    """The layers whose equations leave values open, last layer first."""
+    return [(name, r) for name, r in walk.reports.items() if not bool(walk.determined[name].all())]
+
+
+def _what_misses(report: LayerReport, determined: Tensor) -> str:
+    """By how many equations a layer falls short."""
+    short = report.unknowns - report.rank
+    few = f"{report.rows} equations for {report.unknowns} values" if report.rows < report.unknowns else ""
+    counted = few or f"{report.rows} equations of rank {report.rank} for {report.unknowns} values"
+    return f"{report.name}: {counted}, at least {short} too few; {int((~determined).sum())} values are open"
 
 
 def tolerance(precision: float) -> float:

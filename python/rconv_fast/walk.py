@@ -28,6 +28,8 @@ from rconv_fast.progress import Event
 from rconv_fast.solve import PointRows, Rows, Solution, System, apply_prior, solve, solve_nonnegative
 from rconv_fast.solve.krylov import InterruptedSolve
 
+# With fewer equations an unknown than this, what x >= 0 adds is worth more than further iterations.
+SCARCE, SCARCE_ITERATIONS = 1.2, 300
 # Thresholds tried, in units of the noise, when a layer's equations contradict the first choice.
 RETRY_FACTORS = (1.0, 30.0, 0.1, 300.0)
 
@@ -255,9 +257,11 @@ class Walk:
 
     def _solve_once(self, step: Step, rows: list[Rows], known: Knowledge | None, label: str) -> Solution:
         system = self._system(step, rows, known)
+        scarce = system.count < SCARCE * system.unknowns and self._never_negative(step)
         found = solve(
             system,
             rtol=max(1e-15, 1e-3 * self.precision),
+            max_iterations=SCARCE_ITERATIONS if scarce else None,
             progress=lambda i, r: self.progress(Event(label, "solve", i, None, r)),
         )
         bar = self._bar()

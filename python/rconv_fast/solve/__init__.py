@@ -34,12 +34,19 @@ SOLVERS = ("auto", "direct", "hybrid")
 MAX_DIRECT_CONDITION = 3e4
 
 
-def solve(system: System, *, solver: str = "auto", rtol: float = 1e-14, progress: Progress | None = None) -> Solution:
+def solve(
+    system: System,
+    *,
+    solver: str = "auto",
+    rtol: float = 1e-14,
+    max_iterations: int | None = None,
+    progress: Progress | None = None,
+) -> Solution:
     """Solve all rows of one layer input.
 
     ``solver="direct"`` uses the gradient rows alone, phase by phase; ``"hybrid"`` all rows; ``"auto"`` is
     direct where the gradient rows alone can have full rank in every phase (or where nothing else is known),
-    else hybrid.
+    else hybrid. `max_iterations` bounds the hybrid's, for a caller who knows what else to try.
     """
     gradient = [block for block in system.blocks if isinstance(block, GradientRows)]
     others = [block for block in system.blocks if not isinstance(block, GradientRows) and block.count]
@@ -57,7 +64,7 @@ def solve(system: System, *, solver: str = "auto", rtol: float = 1e-14, progress
         require_memory("recover_conv_input", "the direct solver", direct_bytes(gradient[0]), device)
         return solve_by_phases(gradient[0], system.shape, rtol)
     _require_vectors(system)
-    return solve_hybrid(system, rtol=rtol, progress=progress)
+    return solve_hybrid(system, rtol=rtol, max_iterations=max_iterations, progress=progress)
 
 
 # The iteration keeps this many copies of the unknown and of the rows, float32 shadows and products included.

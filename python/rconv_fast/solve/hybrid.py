@@ -49,8 +49,10 @@ MAX_OPEN_ITERATIONS = 1000
 NOISY = 1e-12
 # The residual is recomputed each time it has fallen this much; float32 products drift sooner.
 REPLACEMENT, MIXED_REPLACEMENT = 1e-9, 0.02
-# What float32 products leave below this is not worth iterations in float64, three times as long each.
+# Up to this residual, what float32 products leave is not worth iterations in float64, three times as long each.
 MIXED_ENOUGH = 1e-12
+# Systems with more unknowns than this are solved to this residual: the last digits would cost a tenth of the time.
+LARGE_UNKNOWNS, LARGE_RTOL = 100_000, 1e-13
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,13 @@ class Plan:
         return f"cgls+{self.preconditioner}" + ("+float32" if self.mixed else "")
 
 
-def plans(system: System, rtol: float) -> Iterator[Plan]:
+def plans(system: System, rtol: float, max_iterations: int | None = None) -> Iterator[Plan]:
     """The plans for a system, cheapest first; each next one is for when the last did not converge."""
     mixed = system.unknowns >= MIXED_PRECISION_UNKNOWNS
     budget = MAX_MIXED_ITERATIONS if mixed else MAX_ITERATIONS
     if system.count < system.unknowns:
         budget = MAX_OPEN_ITERATIONS
+    budget = budget if max_iterations is None else min(budget, max_iterations)
     if system.support is None and _coverage(system) >= GRADIENT_COVERAGE:
         # A large weight of the gradient rows costs no iterations: the preconditioner inverts them exactly.
         yield Plan("phase-cholesky", 1e3, mixed, budget)
@@ -127,10 +130,15 @@ def _dissection_flops(system: System) -> float:
     return float(flops) * samples if total <= MAX_DISSECTION_BYTES else math.inf
 
 
-def solve_hybrid(system: System, *, rtol: float, progress: Progress | None = None) -> Solution:
-    """Solve all blocks together; the rank is computed where it is in doubt and can be."""
+def solve_hybrid(
+    system: System, *, rtol: float, max_iterations: int | None = None, progress: Progress | None = None
+) -> Solution:
+    """Solve all blocks together; the rank is computed where it is in doubt and can be.
+
+    With `max_iterations`, nothing is said to be determined where they did not suffice.
+    """
     best: tuple[KrylovResult, float, Built, System] | None = None
-    for plan in plans(system, rtol):
+    for plan in plans(system, rtol, max_iterations):
         balanced = balance(system, plan.gradient_weight)
         built = _build(balanced, plan)
         result = _iterate(built, rtol, progress)
@@ -144,7 +152,10 @@ def solve_hybrid(system: System, *, rtol: float, progress: Progress | None = Non
     enough = balanced.count >= balanced.unknowns and bool(_touched(balanced).all())
     if not (enough and result.converged) and balanced.unknowns <= MAX_DENSE_UNKNOWNS:
         return _solve_dense(balance(system, 1.0), rtol)
-    determined = _touched(balanced) if built.proven else _probe(built, result.iterations)
+    if max_iterations is not None and not result.converged:
+        determined = torch.zeros(balanced.shape, dtype=torch.bool, device=result.x.device)
+    else:
+        determined = _touched(balanced) if built.proven else _probe(built, result.iterations)
     full = bool(determined.all())
     if not full and balanced.unknowns <= MAX_DENSE_UNKNOWNS:  # exact rank, and the minimum norm
         return _solve_dense(balance(system, 1.0), rtol)
@@ -213,7 +224,7 @@ def _iterate(built: Built, rtol: float, progress: Progress | None) -> KrylovResu
         built.preconditioner,
         inner_dtype=torch.float32,
         inner_rtol=MIXED_REPLACEMENT,
-        rtol=rtol,
+        rtol=max(rtol, LARGE_RTOL) if system.unknowns > LARGE_UNKNOWNS else rtol,
         max_iterations=budget,
         progress=progress,
     )

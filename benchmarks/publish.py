@@ -1,0 +1,171 @@
+"""Write the tables of BENCHMARKS.md and the plots of docs/ from benchmarks/results: ``python benchmarks/publish.py``.
+
+No figure is typed in by hand: what stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` is made here from
+``benchmarks/results/NAME.json``, which ``run.py`` or ``entries_attack.py`` wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+HERE = Path(__file__).resolve().parent
+RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
+PAGE = HERE.parent / "BENCHMARKS.md"
+
+Result = dict[str, Any]
+
+
+def seconds(value: float | None) -> str:
+    """A time with its unit; a dash where the measurement failed."""
+    if value is None:
+        return "-"
+    if value < 1e-3:
+        return f"{value * 1e6:.0f} us"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def of_attack(results: list[Result]) -> str:
+    rows = [
+        [
+            r["name"].removeprefix("attack/cpu/"),
+            seconds(r["ours"]["seconds"]),
+            f"{r['ours']['psnr']:.0f} dB",
+            "yes" if r["ours"]["verified"] else "no",
+            seconds(r["rrconv"]["seconds"]),
+            f"{r['rrconv']['psnr']:.0f} dB",
+            f"{r['ratio']:.0f}x",
+        ]
+        for r in results
+    ]
+    return table(["network", "ours", "PSNR", "verified", "authors' code", "PSNR", "ratio"], rows)
+
+
+def of_builders(results: list[Result]) -> str:
+    names = list(results[0]["references"])
+    rows = []
+    for r in results:
+        ratios = [f"{r['references'][n]['ratio']:.2f}x" for n in names]
+        name = r["name"].removeprefix("gradient/cpu/")
+        rows.append([name, seconds(r["ours"]["median"]), f"{r['gb_per_s']:.1f} GB/s", *ratios])
+    return table(["F, H, k, s, p", "ours", "written", *names], rows)
+
+
+def of_large(results: list[Result]) -> str:
+    rows = []
+    for r in results:
+        facts = r["record"]
+        plain = next(iter(r["references"].values()), {})
+        rows.append(
+            [
+                r["name"].removeprefix("large/"),
+                seconds(r["ours"]["median"]),
+                f"{facts['psnr']:.0f} dB",
+                f"{facts['determined']:.1%}" if "determined" in facts else ("verified" if facts["verified"] else "no"),
+                f"{facts['peak MiB of the process']:.0f} MiB",
+                seconds(plain.get("median")),
+                f"{plain['ratio']:.1f}x" if "ratio" in plain else "-",
+            ]
+        )
+    header = ["case", "ours", "PSNR", "determined", "peak of the process so far", "plain Jacobi-CG", "ratio"]
+    return table(header, rows)
+
+
+def of_batch(results: list[Result]) -> str:
+    rows = [
+        [
+            r["name"].removeprefix("batch/"),
+            seconds(r["ours"]["median"]),
+            f"{r['record']['worst psnr']:.0f} dB",
+            "yes" if r["record"]["verified"] else "no",
+            r["record"]["tightest layer"],
+        ]
+        for r in results
+        if "record" in r
+    ]
+    return table(["network, samples, gradients", "ours", "worst PSNR", "verified", "tightest layer"], rows)
+
+
+def of_heads(results: list[Result]) -> str:
+    rows = []
+    for r in results:
+        facts = r["record"]
+        error = f"{facts['error']:.0e}" if "error" in facts else "-"
+        found = f"{facts['found']} of {facts['batch']}"
+        rows.append([r["name"], seconds(r["ours"]["median"]), found, error, str(facts.get("wrong_labels", "-"))])
+    return table(["head", "ours", "found", "largest relative error", "wrong labels"], rows)
+
+
+TABLES: dict[str, Callable[[list[Result]], str]] = {
+    "attack": of_attack,
+    "builders": of_builders,
+    "large": of_large,
+    "batch": of_batch,
+    "heads": of_heads,
+}
+
+
+def machine(facts: Result) -> str:
+    return (
+        f"{facts['cpu']}, {facts['threads']} thread(s), torch {facts['torch']}, numpy {facts['numpy']}, "
+        f"scipy {facts['scipy']}; {facts['time'][:10]}, commit {facts['commit']}."
+    )
+
+
+def fill(page: str, name: str) -> str:
+    """The page with one table made anew; as it was where nothing has been measured."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return page
+    loaded = json.loads(path.read_text())
+    text = f"{machine(loaded['machine'])}\n\n{TABLES[name](loaded['results'])}"
+    region = re.compile(rf"(<!-- results: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+    return region.sub(lambda m: m[1] + text + m[2], page)
+
+
+def plot(name: str, prefix: str, label: str, picture: str, per: Callable[[float], float]) -> None:
+    """Draw time over the last number in the names of a group of results, and time per unit of work."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for r in json.loads(path.read_text())["results"]:
+        match = re.fullmatch(rf"{prefix}(?:/([^/]+))?/(\d+)(?:/float64)?", r["name"])
+        if match and r["ours"]["median"]:
+            groups.setdefault(match[1] or "", []).append((float(match[2]), r["ours"]["median"]))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for group, points in groups.items():
+        x, y = zip(*sorted(points), strict=True)
+        left.loglog(x, y, "o-", label=group)
+        right.semilogx(x, [1e6 * t / per(n) for n, t in zip(x, y, strict=True)], "o-", label=group)
+    left.set(xlabel=label, ylabel="seconds")
+    right.set(xlabel=label, ylabel="microseconds per unknown value", ylim=(0, None))
+    if any(groups):
+        left.legend()
+    figure.savefig(DOCS / picture, dpi=120)
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for name in TABLES:
+        page = fill(page, name)
+    PAGE.write_text(page)
+    plot("large", "large/growth", "pixels of an edge", "growth.png", lambda n: 3 * n * n)
+    plot("batch", "batch", "samples in the batch", "batch.png", lambda n: 3072 * n)
+
+
+if __name__ == "__main__":
+    main()
