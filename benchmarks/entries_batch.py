@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import rconv_fast
 from bench import Entry
+from rconv_fast import models
 
 SIZES = (1, 2, 4, 8, 12, 16)
 
@@ -69,10 +70,21 @@ def record(result: tuple[Tensor, Any]) -> dict[str, Any]:
     }
 
 
+def large_setup() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """Two photos of 224 pixels through a network wide enough for them."""
+    model = models.cnn4_224("relu", filters=(32, 384, 448, 512), dtype=torch.float64, seed=0)
+    pictures = [resize(picture, (224, 224), anti_aliasing=True) for picture in (data.astronaut(), data.coffee())]
+    x = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pictures]).double()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(F.cross_entropy(model(x), torch.tensor([3, 7])), parameters)
+    return model, x, dict(zip(names, gradients, strict=True))
+
+
 def entries() -> list[Entry]:
     cases = [("leaky_relu", 32, b, torch.float64) for b in SIZES] + [("relu", 64, b, torch.float64) for b in SIZES]
     cases += [("relu", 32, 4, torch.float64), ("relu", 32, 4, torch.float32), ("relu", 44, 8, torch.float64)]
-    return [
+    large = Entry("batch/relu-224-pixels/2/float64", large_setup, run, record=record, once=True)
+    return [large] + [
         Entry(
             f"batch/{activation}-{filters}/{batch}/{str(dtype).removeprefix('torch.')}",
             lambda a=activation, f=filters, b=batch, d=dtype: setup(a, f, b, d),

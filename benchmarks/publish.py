@@ -144,7 +144,7 @@ def plot(name: str, prefix: str, label: str, picture: str, per: Callable[[float]
     groups: dict[str, list[tuple[float, float]]] = {}
     for r in json.loads(path.read_text())["results"]:
         match = re.fullmatch(rf"{prefix}(?:/([^/]+))?/(\d+)(?:/float64)?", r["name"])
-        if match and r["ours"]["median"]:
+        if match and r["ours"]["median"] and "224" not in r["name"]:
             groups.setdefault(match[1] or "", []).append((float(match[2]), r["ours"]["median"]))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for group, points in groups.items():

@@ -203,17 +203,30 @@ def cnn3(activation: str = "relu", **options: Unpack[Options]) -> nn.Sequential:
     return _chain("cnn3", convs, {"init": "torch", **options})
 
 
-def cnn4_224(activation: str = "relu", **options: Unpack[Options]) -> nn.Sequential:
+def cnn4_224(
+    activation: str = "relu", *, filters: Sequence[int] = (32, 256, 256, 256), **options: Unpack[Options]
+) -> nn.Sequential:
     """Build a strided CNN for ImageNet-size photos: a 7x7 stem of 32 filters, then three layers of 256.
 
     With torch's own initialisation. The last two layers are determined by their gradient constraints alone,
-    the first two need the weight constraints as well.
+    the first two need the weight constraints as well. A batch of 2 needs about ``filters=(32, 384, 448, 512)``.
+
+    Parameters
+    ----------
+    activation : str
+        As in the other factories.
+    filters : sequence of 4 int
+        Filters of the four layers.
+    **options
+        As in the other factories.
     """
+    require(len(filters) == 4, "cnn4_224", "filters", "have 4 entries", len(filters))
+    stem, second, third, fourth = filters
     convs = [
-        _Conv(32, 7, 2, 3, activation),
-        _Conv(256, 5, 2, 2, activation),
-        _Conv(256, 5, 2, 2, activation),
-        _Conv(256, 3, 2, 1, activation),
+        _Conv(stem, 7, 2, 3, activation),
+        _Conv(second, 5, 2, 2, activation),
+        _Conv(third, 5, 2, 2, activation),
+        _Conv(fourth, 3, 2, 1, activation),
     ]
     return _chain("cnn4_224", convs, {"image_size": 224, "init": "torch", **options})
 
