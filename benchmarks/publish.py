@@ -1,4 +1,4 @@
-"""Write the tables of BENCHMARKS.md and the plots of docs/ from benchmarks/results: ``python benchmarks/publish.py``.
+"""Write tables of BENCHMARKS.md and README.md, and plots of docs/: ``python benchmarks/publish.py``.
 
 No figure is typed in by hand: what stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` is made here from
 ``benchmarks/results/NAME.json``, which ``run.py`` or ``entries_attack.py`` wrote.
@@ -19,7 +19,7 @@ from matplotlib import pyplot
 
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-PAGE = HERE.parent / "BENCHMARKS.md"
+PAGES = HERE.parent / "BENCHMARKS.md", HERE.parent / "README.md"
 
 Result = dict[str, Any]
 
@@ -159,10 +159,11 @@ def plot(name: str, prefix: str, label: str, picture: str, per: Callable[[float]
 
 
 def main() -> None:
-    page = PAGE.read_text()
-    for name in TABLES:
-        page = fill(page, name)
-    PAGE.write_text(page)
+    for path in PAGES:
+        page = path.read_text()
+        for name in TABLES:
+            page = fill(page, name)
+        path.write_text(page)
     plot("large", "large/growth", "pixels of an edge", "growth.png", lambda n: 3 * n * n)
     plot("batch", "batch", "samples in the batch", "batch.png", lambda n: 3072 * n)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers import random_mask
+from rconv_fast import ops
 from rconv_fast.layout import ConstraintLayout
 from rconv_fast.testing import GEOMETRIES
 
@@ -48,3 +51,29 @@ def test_every_operator_is_checked_here() -> None:
     }
     builders = {"pattern", "masked_pattern", "nonzero_pattern", "values", "sum_values"}
     assert builders <= registered
+
+
+def test_a_dispatch_mode_sees_the_operators() -> None:
+    """Called in a plain program the bodies run without the dispatcher; whoever watches sees every operator."""
+    names = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    grad_output = torch.randn(1, 2, 4, 4)
+    plain = ops.gradient_components(grad_output, (4, 4), 3, padding=1)
+    with Watch():
+        watched = ops.gradient_components(grad_output, (4, 4), 3, padding=1)
+    assert {"rconv_fast::pattern", "rconv_fast::values"} <= set(names)
+    for a, b in zip(plain, watched, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fake_tensors_get_the_fake() -> None:
+    with FakeTensorMode() as mode:
+        values, crow, col = ops.gradient_components(mode.from_tensor(torch.randn(1, 2, 4, 4)), (4, 4), 3, padding=1)
+    assert isinstance(values, FakeTensor)
+    assert values.shape == col.shape == (200,)
+    assert crow.shape == (19,)

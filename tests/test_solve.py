@@ -12,7 +12,7 @@ from torch import Tensor
 from layers import gradient_matrix, random_grad_output, random_input, random_weight
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.operators import apply_gradient, apply_weight
-from rconv_fast.solve import GradientRows, MapRows, PointRows, Rows, System, WeightRows, hybrid, solve
+from rconv_fast.solve import GradientRows, MapRows, PointRows, Rows, System, WeightRows, hybrid, precision, solve
 from rconv_fast.solve.gram import GramFactor, group_filters, output_gram, phase_gram, phase_rows
 from rconv_fast.solve.krylov import refine
 from rconv_fast.solve.phases import count_phases, solve_by_phases
@@ -406,3 +406,20 @@ def test_equations_that_contradict_each_other_show_in_the_residual() -> None:
         solution = solve(case.system(wrong, case.outputs), solver=solver)
         assert solution.converged
         assert solution.residual > 1e-3
+
+
+def test_solves_do_not_round_to_tf32_and_leave_the_choice_as_it_was() -> None:
+    place, name = precision._PLACES[0], precision._NAME
+    before, seen = getattr(place, name), []
+    case = Case(make((3, 32), (12, 12), 3, stride=2, padding=1))
+
+    def look(_: int, __: float) -> None:
+        seen.append(getattr(place, name))
+
+    solve(case.system(), solver="hybrid", rtol=RTOL, progress=look)
+    assert seen
+    assert set(seen) == {precision._EXACT}
+    assert getattr(place, name) == before
+    with pytest.raises(RuntimeError, match="inside"), precision.exact_float32():
+        raise RuntimeError("inside")
+    assert getattr(place, name) == before

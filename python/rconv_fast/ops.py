@@ -28,6 +28,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -314,31 +315,34 @@ def _hashable(size: IntOrSize) -> int | Size:
 
 
 def _gradient_components(grad_output: Tensor, numbers: Numbers, drop_zeros: bool) -> Components:
+    run = _operators_for(grad_output)
     if drop_zeros:
-        crow, col, origin = torch.ops.rconv_fast.nonzero_pattern(grad_output, numbers)
+        crow, col, origin = run.nonzero_pattern(grad_output, numbers)
         return grad_output.reshape(-1).index_select(0, origin), crow, col
-    crow, col = torch.ops.rconv_fast.pattern(numbers, grad_output.device)
-    return _values_of(grad_output, crow, col.shape[0], numbers), crow, col
+    crow, col = run.pattern(numbers, grad_output.device)
+    return run.values(grad_output, crow, col.shape[0], numbers), crow, col
 
 
 def _weight_components(weight: Tensor, numbers: Numbers, mask: Tensor | None) -> Components:
+    run = _operators_for(weight)
     if mask is None:
-        start, col = torch.ops.rconv_fast.pattern(numbers, weight.device)
+        start, col = run.pattern(numbers, weight.device)
         crow = start
     else:
-        start, crow, col = torch.ops.rconv_fast.masked_pattern(mask, numbers)
-    return _values_of(weight, start, col.shape[0], numbers), crow, col
+        start, crow, col = run.masked_pattern(mask, numbers)
+    return run.values(weight, start, col.shape[0], numbers), crow, col
 
 
-def _values_of(source: Tensor, start: Tensor, nnz: int, numbers: Numbers) -> Tensor:
-    """Call the operator, below autograd where no gradient is asked for: its wrapper costs half a small matrix."""
-    values: Tensor
-    if source.requires_grad or torch.compiler.is_compiling():
-        values = torch.ops.rconv_fast.values(source, start, nnz, numbers)
-    else:
-        with torch._C._AutoDispatchBelowAutograd():
-            values = torch.ops.rconv_fast.values(source, start, nnz, numbers)
-    return values
+def _operators_for(source: Tensor) -> Any:
+    """The registered operators, or their bodies where nothing watches: the dispatcher costs half a small matrix."""
+    watched = (
+        torch.compiler.is_compiling()
+        or source.requires_grad
+        or type(source) is not Tensor
+        or torch._C._functorch.is_functorch_wrapped_tensor(source)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+    return torch.ops.rconv_fast if watched else _BODIES
 
 
 def _to_csr(components: Components, numbers: Numbers) -> Tensor:
@@ -366,13 +370,13 @@ def _layout_of(numbers: Numbers) -> ConstraintLayout:
     return ConstraintLayout.from_numbers(numbers)
 
 
-def _pattern(numbers: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def _pattern(numbers: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     layout, backend = _layout_of(tuple(numbers)), backend_for(device)
     crow = backend.offsets(layout, device)
     return crow, backend.columns(crow, layout.nnz, layout)
 
 
-def _masked_pattern(mask: Tensor, numbers: list[int]) -> Components:
+def _masked_pattern(mask: Tensor, numbers: Sequence[int]) -> Components:
     layout, backend = _layout_of(tuple(numbers)), backend_for(mask.device)
     mask = mask.reshape(-1)
     _check_op("masked_pattern", "mask", mask, layout.n_rows, (torch.bool,), mask.device)
@@ -387,13 +391,13 @@ def _masked_pattern(mask: Tensor, numbers: list[int]) -> Components:
     return start, crow, backend.columns(start, nnz, layout)
 
 
-def _nonzero_pattern(source: Tensor, numbers: list[int]) -> Components:
+def _nonzero_pattern(source: Tensor, numbers: Sequence[int]) -> Components:
     layout, backend = _layout_of(tuple(numbers)), backend_for(source.device)
     _check_op("nonzero_pattern", "source", source, layout.n_source, _REAL, source.device)
     return backend.nonzero_pattern(source, layout)
 
 
-def _values(source: Tensor, start: Tensor, nnz: int, numbers: list[int]) -> Tensor:
+def _values(source: Tensor, start: Tensor, nnz: int, numbers: Sequence[int]) -> Tensor:
     layout, backend = _layout_of(tuple(numbers)), backend_for(source.device)
     _check_op("values", "source", source, layout.n_source, _REAL, source.device)
     _check_op("values", "start", start, layout.n_rows + 1, (layout.index_dtype,), source.device)
@@ -407,6 +411,9 @@ def _sum_values(values: Tensor, start: Tensor, numbers: list[int]) -> Tensor:
     return backend.sum_values(values, start.contiguous(), layout)
 
 
+_BODIES = SimpleNamespace(
+    pattern=_pattern, masked_pattern=_masked_pattern, nonzero_pattern=_nonzero_pattern, values=_values
+)
 _REAL = (torch.float32, torch.float64)
 
 

@@ -9,6 +9,7 @@ from rconv_fast.solve.hybrid import solve_hybrid
 from rconv_fast.solve.krylov import Progress
 from rconv_fast.solve.nonnegative import solve_nonnegative
 from rconv_fast.solve.phases import count_phases, direct_bytes, solve_by_phases
+from rconv_fast.solve.precision import exact_float32
 from rconv_fast.solve.prior import PRIORS, apply_prior
 from rconv_fast.solve.rows import GradientRows, MapRows, PointRows, Rows, System, WeightRows
 from rconv_fast.solve.solution import Solution
@@ -34,6 +35,7 @@ SOLVERS = ("auto", "direct", "hybrid")
 MAX_DIRECT_CONDITION = 3e4
 
 
+@exact_float32()
 def solve(
     system: System,
     *,

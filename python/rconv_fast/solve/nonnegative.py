@@ -32,6 +32,7 @@ from torch import Tensor
 
 from rconv_fast.solve.hybrid import MIXED_PRECISION_UNKNOWNS, balance
 from rconv_fast.solve.krylov import Progress, refine
+from rconv_fast.solve.precision import exact_float32
 from rconv_fast.solve.preconditioners import jacobi
 from rconv_fast.solve.rows import System
 from rconv_fast.solve.solution import Solution
@@ -66,6 +67,7 @@ class Pivoted:
     iterations: int
 
 
+@exact_float32()
 def solve_nonnegative(
     system: System, solution: Solution, *, tolerance: float, progress: Progress | None = None
 ) -> Solution:

@@ -25,6 +25,7 @@ from torch import Tensor
 from rconv_fast.solve.dense import PseudoInverse, normal_matrix
 from rconv_fast.solve.hybrid import balance
 from rconv_fast.solve.krylov import refine
+from rconv_fast.solve.precision import exact_float32
 from rconv_fast.solve.preconditioners import jacobi
 from rconv_fast.solve.rows import System, WeightRows
 from rconv_fast.solve.solution import Solution
@@ -60,6 +61,7 @@ class Term:
 Step = Callable[[Tensor], Tensor]
 
 
+@exact_float32()
 def apply_prior(system: System, solution: Solution, prior: str, inequalities: Sequence[WeightRows] = ()) -> Solution:
     """Replace the minimum-norm choice of what `system` leaves open by the choice of a prior.
 
