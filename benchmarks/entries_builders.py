@@ -106,7 +106,7 @@ def copy_fresh(case: Case) -> Tensor:
 
 
 def fill_fresh(case: Case) -> Tensor:
-    """numpy asks for huge pages, torch fills them on all its threads."""
+    """Numpy asks for huge pages, torch fills them on all its threads."""
     fresh = np.empty(len(case.buffers[0]) // 8)
     return torch.from_numpy(fresh).fill_(1.0)
 

@@ -147,13 +147,18 @@ def plot(name: str, prefix: str, label: str, picture: str, per: Callable[[float]
         if match and r["ours"]["median"] and "224" not in r["name"]:
             groups.setdefault(match[1] or "", []).append((float(match[2]), r["ours"]["median"]))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for group, points in groups.items():
-        x, y = zip(*sorted(points), strict=True)
+    curves = {group: sorted(points) for group, points in groups.items() if len(points) > 2}
+    for group, points in curves.items():
+        x, y = zip(*points, strict=True)
         left.loglog(x, y, "o-", label=group)
         right.semilogx(x, [1e6 * t / per(n) for n, t in zip(x, y, strict=True)], "o-", label=group)
+    ticks = sorted({n for points in curves.values() for n, _ in points})
+    for axes in (left, right):
+        axes.set_xticks(ticks, [f"{n:.0f}" for n in ticks])
+        axes.minorticks_off()
     left.set(xlabel=label, ylabel="seconds")
     right.set(xlabel=label, ylabel="microseconds per unknown value", ylim=(0, None))
-    if any(groups):
+    if any(curves):
         left.legend()
     figure.savefig(DOCS / picture, dpi=120)
 
