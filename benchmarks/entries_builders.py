@@ -3,8 +3,8 @@
 Sizes are (filters, input side, kernel, stride, padding) of square layers, one sample, float64. All clocks
 include the allocation of what is returned. The two copies move as many bytes as the matrix has (values,
 columns, row offsets): "into fresh memory" allocates its destination as a builder must, "into warm memory"
-does not. "fill of fresh pages" writes one constant to as many new bytes, in huge pages and on all threads: no
-builder that returns new memory can be faster than the system hands it out.
+does not. "fill of fresh pages" writes constants to two new arrays of the sizes of values and columns, in huge
+pages and on all threads: no builder that returns new memory can be faster than the system hands it out.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def copy_fresh(case: Case) -> Tensor:
     return torch.empty_like(case.buffers[0]).copy_(case.buffers[0])
 
 
-def fill_fresh(case: Case) -> Tensor:
-    """Numpy asks for huge pages, torch fills them on all its threads."""
-    fresh = np.empty(len(case.buffers[0]) // 8)
-    return torch.from_numpy(fresh).fill_(1.0)
+def fill_fresh(case: Case) -> list[Tensor]:
+    """Ask numpy for huge pages and fill them on torch's threads, for values and for columns."""
+    n = len(case.buffers[0]) // 12
+    return [torch.from_numpy(np.empty(n, dtype)).fill_(1) for dtype in (np.float64, np.int32)]
 
 
 def met(case: Case, k: int) -> range:
