@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from attacks import Attack, assert_recovered, attack, gradients_of, photo, some_labels
 from rconv_fast import Inversion, RconvError, UnsupportedModelError, invert, models
 from rconv_fast.errors import ArgumentError, ArgumentTypeError
+from rconv_fast.invert import _what_misses
+from rconv_fast.walk import LayerReport
 
 
 def demo(activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -369,7 +372,19 @@ def test_too_few_equations_are_not_verified() -> None:
     assert (first.name, first.unknowns) == ("0", 432)
     assert first.rank < first.unknowns
     assert any("minimum-norm" in note for note in result.notes)
+    missing = first.unknowns - min(first.rank, first.rows)
+    assert any(note.startswith("0: ") and f"{missing} too few" in note for note in result.notes)
     assert "NOT verified" in result.summary()
+
+
+def test_an_open_layer_says_how_many_equations_it_misses_only_where_that_is_known() -> None:
+    layer = LayerReport("0", "Conv2d", 90, 100, 90, math.inf, 0.0, "hybrid", 0.0)
+    open_values = torch.zeros(2, 50, dtype=torch.bool)
+    assert _what_misses(layer, open_values) == "0: 90 equations for 100 values, 10 too few; 100 values are open"
+    layer = replace(layer, rows=120, rank=97)
+    assert "120 equations of rank 97 for 100 values, 3 too few" in _what_misses(layer, open_values)
+    layer = replace(layer, rank=99)  # what an iteration that did not converge reports
+    assert "120 equations for 100 values, not shown to have full rank" in _what_misses(layer, open_values)
 
 
 def test_what_is_determined_of_an_open_input_is_exact() -> None:

@@ -77,3 +77,15 @@ def test_fake_tensors_get_the_fake() -> None:
     assert isinstance(values, FakeTensor)
     assert values.shape == col.shape == (200,)
     assert crow.shape == (19,)
+
+
+def test_a_profile_shows_the_operators() -> None:
+    with torch.profiler.profile() as profile:
+        ops.gradient_components(torch.randn(1, 2, 4, 4), (4, 4), 3, padding=1)
+    assert "rconv_fast::values" in {event.name for event in profile.events()}
+
+
+def test_a_jit_trace_is_refused_and_not_frozen() -> None:
+    """TorchScript's tracer knows no device as an argument: an error, where the bodies would trace a constant."""
+    with pytest.raises(RuntimeError, match="Device"):
+        torch.jit.trace(lambda g: ops.gradient_components(g, (4, 4), 3)[0], torch.randn(1, 2, 2, 2))

@@ -57,7 +57,7 @@ def test_many_adjoints_at_once_are_single_ones() -> None:
 def test_a_sketch_holds_for_the_solution_and_has_its_adjoint(g: ConvGeometry) -> None:
     x, gradient, _ = rows_of(g, 2)
     points = PointRows.create(x, torch.ones_like(x))
-    sketch = SketchRows.create([gradient, points], x.shape)
+    sketch = SketchRows.create([gradient, points], x.shape, x)
     assert sketch.count == sketch_size(x.shape)
     assert torch.allclose(sketch.apply(x), sketch.rhs, rtol=1e-10)
     y = torch.randn_like(sketch.rhs)
@@ -68,7 +68,7 @@ def test_a_sketch_holds_for_the_solution_and_has_its_adjoint(g: ConvGeometry) ->
 
 def test_no_more_combinations_than_rows() -> None:
     x, gradient, _ = rows_of(make((1, 2), (20, 20), 2), 1)
-    assert SketchRows.create([gradient], x.shape).count == gradient.count == 8
+    assert SketchRows.create([gradient], x.shape, x).count == gradient.count == 8
 
 
 @pytest.mark.parametrize("share", [1.0, 0.95])
@@ -96,3 +96,33 @@ def test_weight_rows_that_are_singular_are_completed_by_the_sketch() -> None:
     found = solve(System(x.shape, (gradient, repeated)), solver="hybrid")
     assert found.determined.all()
     assert float((found.x - x).abs().max()) < 1e-9
+
+
+def test_weight_rows_alone_need_no_sketch() -> None:
+    """A layer whose own gradient is not shared has no other equations."""
+    x, _, outputs = rows_of(GEOMETRIES["square 5x5 stride 2"], 2)
+    for system in (
+        System(x.shape, (outputs,)),
+        System(
+            x.shape,
+            (WeightRows.create(outputs.geometry, outputs.weight, outputs.rhs, torch.rand_like(outputs.rhs) + 0.5),),
+        ),
+    ):
+        preconditioner = SketchedDissection.create(hybrid.balance(system, 1.0))
+        assert preconditioner is not None
+        assert preconditioner.system.blocks[0].count == 0
+    found = solve(System(x.shape, (outputs,)), solver="hybrid")
+    assert float((found.x - x).abs().max()) < 1e-9
+
+
+def test_the_estimate_and_the_factor_agree_on_what_is_shared() -> None:
+    _, _, outputs = rows_of(GEOMETRIES["square 5x5 stride 2"], 2)
+    assert outputs.uniform
+    for changed in (0.5, 0.0):
+        weight = outputs.row_weight.clone()
+        weight[1, 0, 0, 0] = changed
+        unlike = WeightRows.create(outputs.geometry, outputs.weight, outputs.rhs, weight)
+        assert not unlike.uniform
+        system = hybrid.balance(System(torch.Size((2, 3, 12, 12)), (unlike,)), 1.0)
+        preconditioner = SketchedDissection.create(system)
+        assert preconditioner is None or len(preconditioner.factors) == 2

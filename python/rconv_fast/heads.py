@@ -12,7 +12,7 @@ from torch import Tensor
 from rconv_fast.binary_head import HeadReading, separate_logistic_head, separate_mse_head
 from rconv_fast.errors import RconvError, UnsupportedModelError, require
 from rconv_fast.graph import Graph, Step
-from rconv_fast.head import numerical_rank, rounding_of, separate_softmax_batch
+from rconv_fast.head import separate_softmax_batch
 from rconv_fast.layers.rules import ActivationRule, ConvRule
 from rconv_fast.peeling import PeeledBatch, peel_relu_batch
 
@@ -76,14 +76,13 @@ def _reading_candidate(name: str, reading: HeadReading) -> HeadCandidate:
 def _softmax_candidate(
     graph: Graph, head: Head, batch_size: int | None, labels: Sequence[int] | Tensor | None
 ) -> HeadCandidate:
-    """The samples of a batch; from a stack of ReLU layers where the head alone mixes too many."""
-    step = graph.steps[graph.output]
-    stack = _relu_stack(graph)
-    if stack is not None and _batch_size(stack, batch_size) > len(head[0]) - 2:
-        peeled = peel_relu_batch(stack.layers, stack.gradients, batch_size=batch_size)
-        if len(peeled.inputs):
-            return _peeled_candidate(graph, stack, peeled)
+    """The samples of a batch: from the head, or from a stack of ReLU layers where the head mixes too many."""
+    step, stack = graph.steps[graph.output], _relu_stack(graph)
     separation = separate_softmax_batch(*head, batch_size=batch_size, labels=labels)
+    if not separation.complete and stack is not None:
+        peeled = peel_relu_batch(stack.layers, stack.gradients, batch_size=batch_size)
+        if len(peeled.inputs) > int(separation.multiplicities.sum()):
+            return _peeled_candidate(graph, stack, peeled)
     if not len(separation.inputs):
         raise RconvError(
             f"invert: the head at {step.label!r} must hold separable samples, got none ({separation.reason})"
@@ -135,15 +134,6 @@ def _relu_stack(graph: Graph) -> _ReluStack | None:
     if len(layers) < 2:
         return None
     return _ReluStack([graph.steps[steps[-1].inputs[0]], *reversed(steps)], layers, gradients)
-
-
-def _batch_size(stack: _ReluStack, batch_size: int | None) -> int:
-    """The batch size, or what the rank of the first layer's gradient says."""
-    if batch_size is not None:
-        return batch_size
-    gradient = stack.gradients[0][0]
-    width, features = gradient.shape
-    return numerical_rank(torch.linalg.svdvals(gradient.double()), (width, features), rounding_of(gradient))
 
 
 def _peeled_candidate(graph: Graph, stack: _ReluStack, peeled: PeeledBatch) -> HeadCandidate:

@@ -248,11 +248,12 @@ def _open_reports(walk: Walk) -> list[tuple[str, LayerReport]]:
 
 
 def _what_misses(report: LayerReport, determined: Tensor) -> str:
-    """By how many equations a layer falls short."""
-    short = report.unknowns - report.rank
-    few = f"{report.rows} equations for {report.unknowns} values" if report.rows < report.unknowns else ""
-    counted = few or f"{report.rows} equations of rank {report.rank} for {report.unknowns} values"
-    return f"{report.name}: {counted}, at least {short} too few; {int((~determined).sum())} values are open"
+    """By how many equations a layer falls short, as far as that is known; one short is a bound, not a count."""
+    short = report.unknowns - min(report.rows, report.rank)
+    rank = "" if report.rank >= min(report.rows, report.unknowns - 1) else f" of rank {report.rank}"
+    missing = f"{short} too few" if short > 1 else "not shown to have full rank"
+    counted = f"{report.rows} equations{rank} for {report.unknowns} values, {missing}"
+    return f"{report.name}: {counted}; {int((~determined).sum())} values are open"
 
 
 def tolerance(precision: float) -> float:

@@ -341,6 +341,9 @@ def _operators_for(source: Tensor) -> Any:
         or type(source) is not Tensor
         or torch._C._functorch.is_functorch_wrapped_tensor(source)
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
     )
     return torch.ops.rconv_fast if watched else _BODIES
 

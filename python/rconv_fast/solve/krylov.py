@@ -111,7 +111,7 @@ def refine(
     reference = start = math.sqrt(max(float(gamma), 0.0))
     if start <= floor:
         return KrylovResult(x, 0, 1.0, True)
-    best, best_iteration, iteration, renewals, converged = 1.0, 0, 0, 0, False
+    best, best_iteration, iteration, renewed_once, converged = 1.0, 0, 0, False, False
     try:
         while iteration < max_iterations:
             iteration += 1
@@ -135,11 +135,11 @@ def refine(
                 if relative < best / 2:
                     best, best_iteration = relative, iteration
                 fast = float(gamma) < FAST**2 * float(previous)
-                if renewals and fast and relative < ROUNDING_UNITS * torch.finfo(x.dtype).eps:
+                if renewed_once and fast and relative < ROUNDING_UNITS * torch.finfo(x.dtype).eps:
                     converged = True
                     break
                 if now <= max(inner_rtol * reference, floor):
-                    renewals += 1
+                    renewed_once = True
                     x = x + step.to(x.dtype) * size
                     residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
                     renewed, last = _norm(residual), reference * size

@@ -70,7 +70,7 @@ class SketchedDissection:
         """Factor a balanced system; None where rows are missing beyond what damping and the sketch can fill."""
         (rows,) = (block for block in system.blocks if isinstance(block, WeightRows))
         others = [block for block in system.blocks if block is not rows]
-        sketch = SketchRows.create(others, system.shape)
+        sketch = SketchRows.create(others, system.shape, rows.rhs)
         try:
             factors, proven = _factor(rows)
             z = _each_sample(factors, DissectionFactor.solve_rt, sketch.matrix).flatten(1)
@@ -90,7 +90,7 @@ def _factor(rows: WeightRows) -> tuple[list[DissectionFactor], bool]:
     """R of each sample, undamped if well conditioned, and whether it was."""
     masks: list[Tensor | None] = list(rows.row_weight)
     scale = 1.0
-    if bool((rows.row_weight == rows.row_weight.flatten()[0]).all()):
+    if rows.uniform:
         masks, scale = [None], float(rows.row_weight.flatten()[0])
     geometry, weight = rows.geometry, rows.weight * scale
     factors = [DissectionFactor.factor(geometry, weight, mask, dtype=torch.float32) for mask in masks]
@@ -103,7 +103,9 @@ def _factor(rows: WeightRows) -> tuple[list[DissectionFactor], bool]:
 def _each_sample(
     factors: list[DissectionFactor], solve: Callable[[DissectionFactor, Tensor], Tensor], v: Tensor
 ) -> Tensor:
-    """Solve with each sample's factor; v of shape (n, B, C, *in)."""
+    """Solve with each sample's factor; v of shape (n, B, C, *in), where n may be 0."""
+    if not len(v):
+        return v
     if len(factors) == 1:
         return solve(factors[0], v.flatten(0, 1)).view(v.shape)
     return torch.stack([solve(f, part) for f, part in zip(factors, v.unbind(1), strict=True)], dim=1)

@@ -129,6 +129,12 @@ class WeightRows:
         return cls(geometry, weight, row_weight, rhs)
 
     @property
+    def uniform(self) -> bool:
+        """Whether all outputs are known and count the same, so that all samples share one matrix."""
+        first = self.row_weight.flatten()[0]
+        return bool(first > 0) and bool((self.row_weight == first).all())
+
+    @property
     def count(self) -> int:
         """Known outputs."""
         return int((self.row_weight > 0).sum())

@@ -12,7 +12,7 @@ from torch import Tensor
 from rconv_fast.solve.rows import GradientRows, Rows
 
 # Rows of a sketch for each unknown of a sample's edge, sqrt(unknowns): the directions that a nearly square
-# convolution leaves nearly open live at the border of the picture. They were 42 of 3072 below 1e-2.
+# convolution leaves nearly open live at the border of the picture.
 ROWS_PER_EDGE = 1.0
 
 # Combinations are formed so many at a time, as a convolution has an overhead but falls out of the cache.
@@ -32,11 +32,10 @@ class SketchRows:
     rhs: Tensor
 
     @classmethod
-    def create(cls, blocks: Sequence[Rows], shape: torch.Size) -> SketchRows:
-        """Combine the rows of all blocks; never more combinations than rows."""
+    def create(cls, blocks: Sequence[Rows], shape: torch.Size, like: Tensor) -> SketchRows:
+        """Combine the rows of all blocks, if any, in the dtype of `like`; never more combinations than rows."""
         size = min(sketch_size(shape), sum(block.count for block in blocks))
         generator = torch.Generator().manual_seed(0)
-        like = blocks[0].rhs
         matrix, rhs = like.new_zeros(size, *shape), like.new_zeros(size)
         step = max(1, min(MAX_TOGETHER, UNKNOWNS_TOGETHER // math.prod(shape)))
         for block in blocks:
