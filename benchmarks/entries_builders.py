@@ -4,7 +4,7 @@ Sizes are (filters, input side, kernel, stride, padding) of square layers, one s
 include the allocation of what is returned. The two copies move as many bytes as the matrix has (values,
 columns, row offsets): "into fresh memory" allocates its destination as a builder must, "into warm memory"
 does not. "fill of fresh pages" writes constants to two new arrays of the sizes of values and columns, in huge
-pages and on all threads: no builder that returns new memory can be faster than the system hands it out.
+pages and on all threads: what the system takes to hand out memory that is written from its beginning.
 """
 
 from __future__ import annotations

@@ -30,10 +30,14 @@ struct Range {
   RCONV_HD int64_t size() const { return end - begin; }
 };
 
+// n / d for n >= 0. Most strides, dilations and group counts are 1, and a division takes as long as
+// writing a short row.
+RCONV_HD int64_t quotient(int64_t n, int64_t d) { return d == 1 ? n : n / d; }
+
 // The j in [0, count) with 0 <= offset + j*step < size, for step >= 1.
 RCONV_HD Range meeting(int64_t offset, int64_t step, int64_t count, int64_t size) {
-  int64_t begin = offset >= 0 ? 0 : (step - 1 - offset) / step;
-  int64_t end = offset >= size ? 0 : (size - 1 - offset) / step + 1;
+  int64_t begin = offset >= 0 ? 0 : quotient(step - 1 - offset, step);
+  int64_t end = offset >= size ? 0 : quotient(size - 1 - offset, step) + 1;
   end = end < count ? end : count;
   return {begin < end ? begin : end, end};
 }
@@ -126,7 +130,7 @@ RCONV_HD Box box_of(Layout const& layout, Row const& row) {
     box.per_plane *= box.range[a].size();
     position = position * axis[a].size + axis[a].position(row.r[a], 0);
   }
-  int64_t const group = row.filter / (layout.n_filters / layout.n_groups);
+  int64_t const group = layout.n_groups == 1 ? 0 : row.filter * layout.n_groups / layout.n_filters;
   box.column = group * layout.n_planes * layout.n_input() + position;
   box.source = row.filter * layout.filter_stride;
   return box;

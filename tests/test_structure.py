@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,6 +147,28 @@ def test_threads_do_not_change_a_bit(n_threads: int) -> None:
     assert built[0][3].numel() > 2**18
     for one, many in zip(*built, strict=True):
         assert torch.equal(one, many)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_a_matrix_of_many_memory_pages_is_that_of_its_filters_one_by_one(n_threads: int) -> None:
+    geometry = ConvGeometry.create("test", 1, 24, (101, 113), 9, stride=1, padding=4)
+    grad_output, before = random_grad_output(geometry, 1).relu(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        for drop_zeros in (False, True):
+            whole = gradient_matrix(geometry, grad_output, drop_zeros=drop_zeros)
+            assert whole.col_indices().numel() * 4 > 2**25, "large enough for huge pages"
+            first = 0
+            for f in range(geometry.out_channels):
+                one = replace(geometry, out_channels=1)
+                part = gradient_matrix(one, grad_output[:, f : f + 1], drop_zeros=drop_zeros)
+                here = slice(first, first + part.values().numel())
+                assert torch.equal(whole.values()[here], part.values())
+                assert torch.equal(whole.col_indices()[here], part.col_indices())
+                first = here.stop
+            assert first == whole.values().numel()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_outputs_share_no_memory_with_later_ones(geometry: ConvGeometry) -> None:
