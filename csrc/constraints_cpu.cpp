@@ -1,12 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <utility>
 #include <vector>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "kernels.hpp"
 
@@ -20,48 +17,28 @@ int threads_for(Cpu lane, int64_t n_entries) {
   return n_entries < kSerialEntries ? 1 : std::max(1, lane.n_threads);
 }
 
-// Fresh memory costs a page fault per 4 KiB, as much as writing it. With 2 MiB pages it does not;
-// numpy asks for them, torch's allocator does not. Only advice: no effect on what is stored. Below
-// 32 MiB malloc reuses its heap, which is not fresh and not ours to advise on.
+// One thread's way through [begin, end), which it writes in full and in order.
 //
-// Linux clears a 2 MiB page when it is first touched, from both ends towards the touched byte: last
-// what is needed first. Touched at its end it is cleared upwards throughout, which is a third faster
-// than a page that is written from its beginning. So each thread touches, just before it writes to
-// them, the ends of the pages that end in its part.
+// Large arrays come in pages of 2 MiB (backends/cpu.py). Linux clears a page when it is first touched,
+// from both ends towards the touched byte: last what is needed first. Touched at its end it is cleared
+// upwards throughout, which is a third faster than a page that is written from its beginning.
 template <class T>
-class HugePages {
+class Pages {
  public:
-  HugePages([[maybe_unused]] T* data, [[maybe_unused]] int64_t n) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr std::uintptr_t kFresh = 1 << 25;
-    auto const begin = (reinterpret_cast<std::uintptr_t>(data) + kSize - 1) & ~(kSize - 1);
-    auto const end = reinterpret_cast<std::uintptr_t>(data + n) & ~(kSize - 1);
-    if (begin + kFresh > end) return;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-    begin_ = begin, end_ = end;
-#endif
-  }
+  Pages(T* begin, T* end) : next_(address(begin) / kSize * kSize), end_(address(end)) {}
 
-  // One thread's way through [begin, end), which it will write in full and in order.
-  class Part {
-   public:
-    Part(HugePages const& pages, T* begin, T* end)
-        : next_(std::max(pages.begin_, reinterpret_cast<std::uintptr_t>(begin) & ~(kSize - 1))),
-          end_(std::min(pages.end_, reinterpret_cast<std::uintptr_t>(end) & ~(kSize - 1))) {}
-    // To be called before anything up to `end` is written.
-    void reach(T* end) {
-      for (; next_ < end_ && next_ < reinterpret_cast<std::uintptr_t>(end); next_ += kSize) {
-        *reinterpret_cast<char volatile*>(next_ + kSize - 1) = 0;
-      }
+  // To be called before anything up to `end` is written: touches the ends of the pages up to there.
+  void reach(T* end) {
+    for (; next_ + kSize <= end_ && next_ < address(end); next_ += kSize) {
+      *reinterpret_cast<char volatile*>(next_ + kSize - 1) = 0;
     }
-
-   private:
-    std::uintptr_t next_, end_;
-  };
+  }
 
  private:
   static constexpr std::uintptr_t kSize = 1 << 21;
-  std::uintptr_t begin_ = 0, end_ = 0;  // whole pages
+  static std::uintptr_t address(T* p) { return reinterpret_cast<std::uintptr_t>(p); }
+
+  std::uintptr_t next_, end_;
 };
 
 // Copies n elements in fours, the last four over those before: lines are short, and a remainder of
@@ -148,14 +125,13 @@ void fill_columns(Cpu lane, Layout const& layout, Index const* start, Index* col
   int64_t const per_filter = layout.rows_per_filter(),
                 per_group = layout.n_filters / layout.n_groups;
   auto const step = static_cast<Index>(layout.axis[2].entry_step);
-  HugePages const pages(col, nnz);
   parallel_rows(layout, threads_for(lane, nnz), [&](int64_t begin, int64_t end) {
-    typename HugePages<Index>::Part part(pages, col + start[begin], col + start[end]);
+    Pages<Index> pages(col + start[begin], col + start[end]);
     for_each_row(layout, begin, end, [&](int64_t index, Row const& row) {
       int64_t const n = start[index + 1] - start[index];
       if (n == 0) return;
       Index* out = col + start[index];
-      part.reach(out + n);
+      pages.reach(out + n);
       // The filter before, if it is of the same group, has the same columns: copy what is there.
       int64_t const twin = index - per_filter;
       if (twin >= begin && row.filter % per_group != 0 && start[twin + 1] - start[twin] == n) {
@@ -181,7 +157,6 @@ void fill_values(Cpu lane, Layout const& layout, Index const* start, Real const*
                  Real* values) {
   Axis const* axis = layout.axis;
   int64_t const nnz = start[layout.n_rows()];
-  HugePages const pages(values, nnz);
   auto const fill_row = [&](int64_t index, Row const& row) {
     if (start[index] == start[index + 1]) return;
     Box const box = box_of(layout, row);
@@ -203,9 +178,9 @@ void fill_values(Cpu lane, Layout const& layout, Index const* start, Real const*
     }
   };
   parallel_rows(layout, threads_for(lane, nnz), [&](int64_t begin, int64_t end) {
-    typename HugePages<Real>::Part part(pages, values + start[begin], values + start[end]);
+    Pages<Real> pages(values + start[begin], values + start[end]);
     for_each_row(layout, begin, end, [&](int64_t index, Row const& row) {
-      part.reach(values + start[index + 1]);
+      pages.reach(values + start[index + 1]);
       fill_row(index, row);
     });
   });
@@ -254,8 +229,6 @@ template <class Real, class Index>
 void fill_nonzeros(Cpu lane, Layout const& layout, Index const* start, Real const* source,
                    Index* col, Index* origin) {
   auto const step = static_cast<Index>(layout.axis[2].entry_step);
-  int64_t const nnz = start[layout.n_rows()];
-  HugePages const col_pages(col, nnz), origin_pages(origin, nnz);
   auto const fill_row = [&](int64_t index, Row const& row) {
     Box const box = box_of(layout, row);
     Index out = start[index];
@@ -272,12 +245,11 @@ void fill_nonzeros(Cpu lane, Layout const& layout, Index const* start, Real cons
     }
   };
   parallel_rows(layout, threads_for(lane, layout.nnz()), [&](int64_t begin, int64_t end) {
-    using Part = typename HugePages<Index>::Part;
-    Part col_part(col_pages, col + start[begin], col + start[end]);
-    Part origin_part(origin_pages, origin + start[begin], origin + start[end]);
+    Pages<Index> col_pages(col + start[begin], col + start[end]);
+    Pages<Index> origin_pages(origin + start[begin], origin + start[end]);
     for_each_row(layout, begin, end, [&](int64_t index, Row const& row) {
-      col_part.reach(col + start[index + 1]);
-      origin_part.reach(origin + start[index + 1]);
+      col_pages.reach(col + start[index + 1]);
+      origin_pages.reach(origin + start[index + 1]);
       fill_row(index, row);
     });
   });

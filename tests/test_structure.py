@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 
 from layers import gradient_matrix, random_grad_output, random_mask, random_weight, weight_matrix
 from rconv_fast import reference
-from rconv_fast.backends import backend_for
+from rconv_fast.backends import backend_for, cpu
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layout import ConstraintLayout
 from rconv_fast.testing import assert_csr_valid, geometries, random_geometry
@@ -169,6 +170,20 @@ def test_a_matrix_of_many_memory_pages_is_that_of_its_filters_one_by_one(n_threa
             assert first == whole.values().numel()
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2**22 - 1, 2**22, 2**22 + 1])  # 2**22 float64 are where huge pages begin
+def test_memory_for_large_arrays_is_that_of_an_ordinary_tensor(n: int) -> None:
+    with torch.device("meta"):
+        array = cpu.empty(n, torch.float64, CPU)
+    assert (array.shape, array.dtype, array.device) == ((n,), torch.float64, CPU)
+    assert array.untyped_storage().nbytes() == 8 * n
+    copy = array.fill_(3.0).clone()
+    file = io.BytesIO()
+    torch.save(array, file)
+    assert len(file.getvalue()) < 8 * n + 2**12
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), copy)
 
 
 def test_outputs_share_no_memory_with_later_ones(geometry: ConvGeometry) -> None:

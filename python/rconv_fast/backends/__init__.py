@@ -1,6 +1,6 @@
 """Where the work is done: one backend a device, all with the functions of ``rconv_fast.reference``.
 
-``cpu`` and ``cuda`` allocate with torch and have the compiled kernels fill; without the compiled module the
+``cpu`` and ``cuda`` allocate memory and have the compiled kernels fill it; without the compiled module the
 reference itself stands in on the CPU. Which one runs follows from the tensor's device alone.
 """
 
@@ -38,30 +38,33 @@ class Backend(Protocol):
 
 
 class KernelBackend:
-    """Allocates with ``torch.empty`` and has the compiled kernels of one device fill.
+    """Allocates, and has the compiled kernels of one device fill.
 
     Parameters
     ----------
     kernels : module
         ``_core.cpu`` or ``_core.cuda``.
+    empty : callable
+        ``empty(n, dtype, device)`` is memory for `n` elements.
     launch : callable
         ``launch(kernel, tensor, *arguments)`` calls the kernel on the tensor's device, adding the number of
         threads or the stream.
     """
 
-    def __init__(self, kernels: Any, launch: Callable[..., None]) -> None:
+    def __init__(self, kernels: Any, empty: Callable[..., Tensor], launch: Callable[..., None]) -> None:
         self.kernels = kernels
+        self.empty = empty
         self.launch = launch
 
     def offsets(self, layout: ConstraintLayout, device: torch.device) -> Tensor:
         """See ``reference.offsets``."""
-        crow = torch.empty(layout.n_rows + 1, dtype=layout.index_dtype, device=device)
+        crow = self.empty(layout.n_rows + 1, layout.index_dtype, device)
         self.launch(self.kernels.fill_offsets, crow, layout.numbers, _is_wide(crow), crow.data_ptr())
         return crow
 
     def columns(self, start: Tensor, nnz: int, layout: ConstraintLayout) -> Tensor:
         """See ``reference.columns``."""
-        col = start.new_empty(nnz)
+        col = self.empty(nnz, start.dtype, start.device)
         if nnz:
             pointers = (start.data_ptr(), col.data_ptr())
             self.launch(self.kernels.fill_columns, col, layout.numbers, _is_wide(col), *pointers)
@@ -69,7 +72,7 @@ class KernelBackend:
 
     def values(self, source: Tensor, start: Tensor, nnz: int, layout: ConstraintLayout) -> Tensor:
         """See ``reference.values``."""
-        values = source.new_empty(nnz)
+        values = self.empty(nnz, source.dtype, source.device)
         if nnz:
             source = source.contiguous()
             pointers = (start.data_ptr(), source.data_ptr(), values.data_ptr())
@@ -97,7 +100,7 @@ class KernelBackend:
         self.launch(self.kernels.count_nonzeros, start, *given, source.data_ptr(), counts.data_ptr())
         torch.cumsum(counts, 0, dtype=start.dtype, out=start[1:])
         nnz = int(start[-1])  # synchronize!
-        col, origin = start.new_empty(nnz), start.new_empty(nnz)
+        col, origin = (self.empty(nnz, start.dtype, start.device) for _ in range(2))
         if nnz:
             pointers = (start.data_ptr(), source.data_ptr(), col.data_ptr(), origin.data_ptr())
             self.launch(self.kernels.fill_nonzeros, start, *given, *pointers)
@@ -131,8 +134,8 @@ def _backends() -> tuple[Backend, Backend | None]:
         return reference, None
     from rconv_fast.backends import cpu, cuda
 
-    on_cuda = KernelBackend(_core.cuda, cuda.launch) if _core.has_cuda else None
-    return KernelBackend(_core.cpu, cpu.launch), on_cuda
+    on_cuda = KernelBackend(_core.cuda, cuda.empty, cuda.launch) if _core.has_cuda else None
+    return KernelBackend(_core.cpu, cpu.empty, cpu.launch), on_cuda
 
 
 _CPU, _CUDA = _backends()

@@ -1,4 +1,4 @@
-"""Launching a kernel on the GPU: on the tensor's device and torch's current stream there."""
+"""Memory and launches on the GPU: torch's allocator, the tensor's device and torch's current stream there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def empty(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for `n` elements, to be written."""
+    return torch.empty(n, dtype=dtype, device=device)
 
 
 def launch(kernel: Callable[..., None], tensor: Tensor, *arguments: Any) -> None:
