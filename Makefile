@@ -53,14 +53,17 @@ bench: .venv/installed ## measure on this machine (BENCH_ARGS="--filter gradient
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 # On a machine with a GPU: build, test, check the kernels, measure. DRY_RUN=1 does what needs no GPU (build, collect
-# the tests, the smoke benchmark) and prints the rest.
+# the tests, run the GPU benchmarks' functions, build small matrices, time stages on the CPU) and prints the rest. On
+# the GPU 0.2 seconds hold thousands of runs of a kernel; BENCH_ARGS="--seconds 1" takes longer.
 GPU_PYTHON := PYTHONPATH=$(CUDA_SITE) $(BIN)/python
 GPU_KERNEL_TESTS := tests/test_structure.py tests/test_values.py -m "cuda and not slow"
 SANITIZER := compute-sanitizer --target-processes all --error-exitcode 1
 gpu-check: $(CUDA_SITE)/installed ## the whole check on a GPU (DRY_RUN=1 without one)
 ifneq ($(DRY_RUN),)
 	$(GPU_PYTHON) -m pytest -q -m "cuda and not slow" --collect-only | tail -n 1
+	$(GPU_PYTHON) -m pytest -q tests/test_benchmarks_gpu.py
 	$(GPU_PYTHON) benchmarks/run.py --quick --filter gradient/ > /dev/null
+	$(GPU_PYTHON) benchmarks/run.py --quick --filter roofline/cpu/
 	@echo "without DRY_RUN, on a machine with a GPU:"
 	@$(MAKE) --no-print-directory --dry-run gpu-check DRY_RUN=
 else
@@ -69,7 +72,7 @@ else
 	$(GPU_PYTHON) -m pytest $(CPU_TESTS) $(TEST_ARGS)
 	$(SANITIZER) --tool memcheck env $(GPU_PYTHON) -m pytest $(GPU_KERNEL_TESTS)
 	$(SANITIZER) --tool racecheck env $(GPU_PYTHON) -m pytest $(GPU_KERNEL_TESTS)
-	$(GPU_PYTHON) benchmarks/run.py --filter /cuda/ --out benchmarks/results/gpu.json $(BENCH_ARGS)
+	$(GPU_PYTHON) benchmarks/run.py --filter /cuda/ --seconds 0.2 --out benchmarks/results/gpu.json $(BENCH_ARGS)
 endif
 
 # As in pyproject.toml for cibuildwheel: torch brings its own libgomp.

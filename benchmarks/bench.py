@@ -73,11 +73,22 @@ def measure(function: Callable[[Any], Any], inputs: Any, *, once: bool, min_run_
         measurement = timer.blocked_autorange(min_run_time=min_run_time)
         return Timing(measurement.median, measurement.iqr, len(measurement.times))
     except Exception:
-        return Timing(None, None, 0, traceback.format_exc(limit=1).strip().splitlines()[-1])
+        return _failed()
+
+
+def _failed() -> Timing:
+    return Timing(None, None, 0, traceback.format_exc(limit=1).strip().splitlines()[-1])
 
 
 def run_entry(entry: Entry, *, min_run_time: float) -> dict[str, Any]:
-    """Measure an entry and all its references; the result is ready for JSON."""
+    """Measure an entry and all its references; the result is ready for JSON, also where the entry failed."""
+    try:
+        return _run_entry(entry, min_run_time=min_run_time)
+    except Exception:  # the set-up, or the record
+        return {"name": entry.name, "ours": asdict(_failed()), "references": {}}
+
+
+def _run_entry(entry: Entry, *, min_run_time: float) -> dict[str, Any]:
     inputs = entry.setup()
     kept: list[Any] = []  # a long run is not repeated for its record
 

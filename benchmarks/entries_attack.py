@@ -35,23 +35,25 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Attack:
-    """A network of the paper with its activation, and how often each side runs."""
+    """A network of the paper with its activation and parameters of its own, and how often the peer runs."""
 
     network: str
     activation: str
     peer_repeats: int = 3
+    seed: int = 0
 
     @property
     def name(self) -> str:
         return f"{self.network}/{self.activation}"
 
     def model(self) -> nn.Sequential:
-        return models.MODELS[self.network](self.activation)
+        return models.MODELS[self.network](self.activation, seed=self.seed)
 
 
 ATTACKS = [
     *(Attack("lenet_o", name) for name in ("relu", "leaky_relu", "sigmoid", "tanh")),
-    Attack("lenet_all_relu", "relu", peer_repeats=1),  # theirs takes minutes
+    # Theirs takes minutes. With seed 0 so many filters are dead that conv3 has equations of rank 1211 for 1408 values.
+    Attack("lenet_all_relu", "relu", peer_repeats=1, seed=1),
 ]
 
 
@@ -100,12 +102,7 @@ def facts(returned: tuple[rconv_fast.Inversion, Leak]) -> dict[str, Any]:
 
 
 def entries() -> list[Entry]:
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [
-        Entry(f"attack/{device}/{attack.name}", partial(leak, attack, device=device), ours, record=facts)
-        for device in devices
-        for attack in ATTACKS
-    ]
+    return [Entry(f"attack/cpu/{attack.name}", partial(leak, attack), ours, record=facts) for attack in ATTACKS]
 
 
 # --- Side by side ----------------------------------------------------------------------------------------

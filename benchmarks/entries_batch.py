@@ -44,12 +44,15 @@ def network(activation: str, filters: int) -> nn.Sequential:
     ).double()
 
 
-def setup(activation: str, filters: int, batch: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+def setup(
+    activation: str, filters: int, batch: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
     model, x = network(activation, filters), photos(batch)
     labels = torch.arange(batch) * 7 % 100
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(F.cross_entropy(model(x), labels), parameters)
-    return model, x, {name: g.to(dtype) for name, g in zip(names, gradients, strict=True)}
+    shared = {name: g.to(device, dtype) for name, g in zip(names, gradients, strict=True)}
+    return model.to(device), x.to(device), shared
 
 
 def run(given: tuple[nn.Module, Tensor, dict[str, Tensor]]) -> tuple[Tensor, Any]:

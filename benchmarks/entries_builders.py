@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -36,7 +37,7 @@ WEIGHT_SIZES = [(3, 64, 56, 3, 1, 1), (3, 32, 112, 7, 2, 3), (64, 64, 14, 3, 1, 
 
 @dataclass
 class Case:
-    """A layer with the gradient of its output, and buffers as large as its matrix for the copies."""
+    """A layer with its source of values, buffers as large as its matrix for the copies, and outputs to keep."""
 
     source: Tensor
     side: int
@@ -44,24 +45,42 @@ class Case:
     stride: int
     padding: int
     buffers: tuple[Tensor, Tensor]
+    mask: Tensor | None = None
 
     @property
     def out_side(self) -> int:
         return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
 
 
-def gradient_case(filters: int, side: int, kernel: int, stride: int, padding: int, device: str) -> Case:
+def gradient_case(
+    filters: int,
+    side: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    device: str,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
     out_side = (side + 2 * padding - kernel) // stride + 1
     generator = torch.Generator().manual_seed(0)
     grad_output = torch.randn(1, filters, out_side, out_side, dtype=torch.float64, generator=generator)
-    case = Case(grad_output.to(device), side, kernel, stride, padding, (torch.empty(0), torch.empty(0)))
+    case = Case(grad_output.to(device, dtype), side, kernel, stride, padding, (torch.empty(0), torch.empty(0)))
     return with_buffers(case, ours_gradient(case))
 
 
-def weight_case(channels: int, filters: int, side: int, kernel: int, stride: int, padding: int, device: str) -> Case:
+def weight_case(
+    channels: int,
+    filters: int,
+    side: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    device: str,
+    dtype: torch.dtype = torch.float64,
+) -> Case:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(filters, channels, kernel, kernel, dtype=torch.float64, generator=generator)
-    case = Case(weight.to(device), side, kernel, stride, padding, (torch.empty(0), torch.empty(0)))
+    case = Case(weight.to(device, dtype), side, kernel, stride, padding, (torch.empty(0), torch.empty(0)))
     return with_buffers(case, ours_weight(case))
 
 
@@ -69,6 +88,15 @@ def with_buffers(case: Case, matrix: Tensor) -> Case:
     buffer = torch.zeros(csr_bytes(matrix), dtype=torch.uint8, device=matrix.device)
     case.buffers = (buffer, torch.zeros_like(buffer))
     return case
+
+
+def geometry_of(case: Case, channels: int, filters: int) -> ConvGeometry:
+    sizes = (case.side, case.side), (case.kernel, case.kernel), case.stride, case.padding
+    return ConvGeometry.create("benchmark", channels, filters, *sizes)
+
+
+def gradient_layout(case: Case) -> ConstraintLayout:
+    return ConstraintLayout.of_gradient(geometry_of(case, 1, case.source.shape[1]), 1)
 
 
 def csr_bytes(matrix: Tensor) -> int:
@@ -91,7 +119,8 @@ def ours_gradient_nonzeros(case: Case) -> Tensor:
 
 
 def ours_weight(case: Case) -> Tensor:
-    return ops.weight_constraints(case.source, (case.side, case.side), stride=case.stride, padding=case.padding)
+    sizes = {"stride": case.stride, "padding": case.padding}
+    return ops.weight_constraints(case.source, (case.side, case.side), mask=case.mask, **sizes)
 
 
 # --- Competitors -----------------------------------------------------------------------------------------
@@ -143,29 +172,33 @@ def numpy_by_hand(case: Case) -> scipy.sparse.csr_array:
 
 
 def scipy_coo(case: Case) -> scipy.sparse.csr_array:
-    """Index arrays of all entries, then COO to CSR."""
-    g = case.source[0].numpy()
+    return coo_to_csr(np, scipy.sparse.coo_array, case.source[0].numpy(), case)
+
+
+def coo_to_csr(xp: Any, coo: Any, g: Any, case: Case) -> Any:
+    """Index arrays of all entries, then COO to CSR; `xp` is numpy or cupy, `coo` its sparse matrices' class."""
     n_filters, out_side, kernel = len(g), case.out_side, case.kernel
     axes = (n_filters, kernel, kernel, out_side, out_side)
-    f, ky, kx, u, v = np.ogrid[tuple(slice(n) for n in axes)]
+    f, ky, kx, u, v = xp.ogrid[tuple(slice(n) for n in axes)]
     y, x = u * case.stride + ky - case.padding, v * case.stride + kx - case.padding
-    inside = np.broadcast_to((y >= 0) & (y < case.side) & (x >= 0) & (x < case.side), axes)
-    row = np.broadcast_to((f * kernel + ky) * kernel + kx, axes)[inside]
-    col = np.broadcast_to(y * case.side + x, axes)[inside]
-    values = np.broadcast_to(g[:, None, None], axes)[inside]
+    inside = xp.broadcast_to((y >= 0) & (y < case.side) & (x >= 0) & (x < case.side), axes)
+    row = xp.broadcast_to((f * kernel + ky) * kernel + kx, axes)[inside]
+    col = xp.broadcast_to(y * case.side + x, axes)[inside]
+    values = xp.broadcast_to(g[:, None, None], axes)[inside]
     shape = (n_filters * kernel**2, case.side**2)
-    return scipy.sparse.coo_array((values, (row, col)), shape=shape).tocsr()
+    return coo((values, (row, col)), shape=shape).tocsr()
 
 
 def torch_unfold_coo(case: Case) -> Tensor:
     """Unfold the input's indices, then torch's COO to CSR."""
     g = case.source[0]
     n_filters, n_taps = len(g), case.kernel**2
-    index = torch.arange(1, case.side**2 + 1, dtype=torch.float64).reshape(1, 1, case.side, case.side)
+    index = torch.arange(1, case.side**2 + 1, dtype=torch.float64, device=g.device)
+    index = index.reshape(1, 1, case.side, case.side)
     unfold = partial(torch.nn.functional.unfold, kernel_size=case.kernel, padding=case.padding)
     col = unfold(index, stride=case.stride)[0].long() - 1
     inside = (col >= 0).expand(n_filters, *col.shape)
-    row = torch.arange(n_filters * n_taps).reshape(n_filters, n_taps, 1).expand_as(inside)[inside]
+    row = torch.arange(n_filters * n_taps, device=g.device).reshape(n_filters, n_taps, 1).expand_as(inside)[inside]
     values = g.reshape(n_filters, 1, -1).expand_as(inside)[inside]
     coordinates = torch.stack([row, col.expand_as(inside)[inside]])
     shape = (n_filters * n_taps, case.side**2)
@@ -216,10 +249,7 @@ class Parts:
 def parts_of(setup: Callable[[], Case]) -> Parts:
     case = setup()
     matrix = ours_gradient(case)
-    size, kernel = (case.side, case.side), (case.kernel, case.kernel)
-    geometry = ConvGeometry.create("benchmark", 1, case.source.shape[1], size, kernel, case.stride, case.padding)
-    numbers = ConstraintLayout.of_gradient(geometry, 1).numbers
-    return Parts(case, numbers, matrix.crow_indices(), matrix.values().numel())
+    return Parts(case, gradient_layout(case).numbers, matrix.crow_indices(), matrix.values().numel())
 
 
 def values_alone(parts: Parts) -> Tensor:
@@ -245,42 +275,36 @@ def half_dead(setup: Callable[[], Case]) -> Case:
 
 
 def entries() -> list[Entry]:
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     copies = {"copy into fresh memory": copy_fresh, "copy into warm memory": copy_warm}
-    on_cpu = {
+    by_others = copies | {
         "fill of fresh pages": fill_fresh,
         "numpy writing CSR by hand": numpy_by_hand,
         "scipy COO to CSR": scipy_coo,
         "torch unfold, COO to CSR": torch_unfold_coo,
     }
-    weight_on_cpu = {"numpy writing CSR by hand": numpy_weight_by_hand}
     found = []
-    for device in devices:
-        small = {"quick": True} if device == "cpu" else {}
-        for size in SIZES:
-            setup = partial(gradient_case, *size, device)
-            where = f"{device}/{','.join(map(str, size))}"
-            references = copies | (on_cpu if device == "cpu" else {})
-            quick = small if size[1] <= 16 else {}
-            found += [
-                Entry(f"gradient/{where}", setup, ours_gradient, references, csr_bytes, **quick),
-                Entry(
-                    f"gradient-parts/{where}",
-                    partial(parts_of, setup),
-                    values_alone,
-                    {"the pattern alone": pattern_alone, "the values and their transpose": sum_values},
-                ),
-                Entry(
-                    f"gradient-relu/{where}",
-                    partial(half_dead, setup),
-                    ours_gradient_nonzeros,
-                    {"the full matrix": ours_gradient},
-                    csr_bytes,
-                ),
-            ]
-        for size in WEIGHT_SIZES:
-            setup = partial(weight_case, *size, device)
-            references = copies | (weight_on_cpu if device == "cpu" else {})
-            name = f"weight/{device}/{','.join(map(str, size))}"
-            found.append(Entry(name, setup, ours_weight, references, csr_bytes))
+    for size in SIZES:
+        setup = partial(gradient_case, *size, "cpu")
+        where = f"cpu/{','.join(map(str, size))}"
+        found += [
+            Entry(f"gradient/{where}", setup, ours_gradient, by_others, csr_bytes, quick=size[1] <= 16),
+            Entry(
+                f"gradient-parts/{where}",
+                partial(parts_of, setup),
+                values_alone,
+                {"the pattern alone": pattern_alone, "the values and their transpose": sum_values},
+            ),
+            Entry(
+                f"gradient-relu/{where}",
+                partial(half_dead, setup),
+                ours_gradient_nonzeros,
+                {"the full matrix": ours_gradient},
+                csr_bytes,
+            ),
+        ]
+    for size in WEIGHT_SIZES:
+        setup = partial(weight_case, *size, "cpu")
+        name = f"weight/cpu/{','.join(map(str, size))}"
+        by_hand = copies | {"numpy writing CSR by hand": numpy_weight_by_hand}
+        found.append(Entry(name, setup, ours_weight, by_hand, csr_bytes))
     return found

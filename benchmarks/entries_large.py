@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import resource
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,10 @@ class Layer:
     known: Tensor
     stride: int
     padding: int
+
+    def to(self, device: str) -> Layer:
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def photo(size: int) -> Tensor:
@@ -144,6 +149,10 @@ class Photo:
     gradients: dict[str, Tensor]
     layers: list[Layer]
 
+    def to(self, device: str) -> Photo:
+        gradients = {name: g.to(device) for name, g in self.gradients.items()}
+        return Photo(self.model.to(device), self.x.to(device), gradients, [given.to(device) for given in self.layers])
+
 
 # Where the gradient constraints alone do not suffice.
 HYBRID_LAYERS = 2
@@ -191,7 +200,7 @@ def plain_direct(given: Layer) -> Tensor:
     kernel, s, p = given.weight.shape[2], given.stride, given.padding
     dw = given.grad_weight.movedim(1, 3)  # (F, k, k, C)
     padded = F.pad(given.grad_output[0], (side, side, side, side))
-    x = torch.empty(side, side, channels, dtype=dw.dtype)
+    x = torch.empty(side, side, channels, dtype=dw.dtype, device=dw.device)
     for ry in range(s):
         for rx in range(s):
             taps = [(a, b) for a in range((ry + p) % s, kernel, s) for b in range((rx + p) % s, kernel, s)]
@@ -206,28 +215,31 @@ def plain_direct(given: Layer) -> Tensor:
     return x.movedim(2, 0)[None]
 
 
+def whole_photo(dtype: torch.dtype, device: str = "cpu") -> Photo:
+    """A photo behind the all-ReLU network of method.md, section 4."""
+    return photo_leak(models.cnn4_224("relu", dtype=torch.float64, seed=0), dtype).to(device)
+
+
+def invert_photo(given: Photo) -> tuple[Tensor, Any]:
+    return given.x, rconv_fast.invert(given.model, given.gradients, given.x.shape[1:])
+
+
+def photo_record(result: tuple[Tensor, Any]) -> dict[str, Any]:
+    x, found = result
+    return {
+        "psnr": float(rconv_fast.psnr(found.inputs, x)),
+        "verified": found.verified,
+        "gradient residual": found.gradient_residual,
+        **{f"{r.name} ({r.solver}, {r.iterations})": r.seconds for r in found.layers},
+        "peak MiB of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
 def whole(dtype: torch.dtype) -> Entry:
-    """The all-ReLU network of method.md, section 4, on a whole photo."""
-
-    def run(given: Photo) -> tuple[Tensor, Any]:
-        return given.x, rconv_fast.invert(given.model, given.gradients, given.x.shape[1:])
-
-    def facts(result: tuple[Tensor, Any]) -> dict[str, Any]:
-        x, found = result
-        return {
-            "psnr": float(rconv_fast.psnr(found.inputs, x)),
-            "verified": found.verified,
-            "gradient residual": found.gradient_residual,
-            **{f"{r.name} ({r.solver}, {r.iterations})": r.seconds for r in found.layers},
-            "peak MiB of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
-
-    def setup() -> Photo:
-        return photo_leak(models.cnn4_224("relu", dtype=torch.float64, seed=0), dtype)
-
     name = f"large/photo-224/{str(dtype).removeprefix('torch.')}"
     exact = {"the prototype's recipe": prototype}
-    return Entry(name, setup, run, exact if dtype == torch.float64 else {}, record=facts, once=True)
+    references = exact if dtype == torch.float64 else {}
+    return Entry(name, partial(whole_photo, dtype), invert_photo, references, record=photo_record, once=True)
 
 
 # First layers of well-known networks: filters, kernel, stride, padding.

@@ -109,18 +109,105 @@ def of_heads(results: list[Result]) -> str:
     return table(["head", "ours", "found", "largest relative error", "wrong labels"], rows)
 
 
+def beside(references: dict[str, Result]) -> str:
+    """All competitors with their times and how many times longer they take, in one cell."""
+    cells = [
+        f"{name}: {seconds(r['median'])} ({r['ratio']:.1f}x)" if "ratio" in r else f"{name}: failed"
+        for name, r in references.items()
+    ]
+    return "; ".join(cells) or "-"
+
+
+def of_gpu(results: list[Result]) -> str:
+    """Attacks, builders and stages, a table each."""
+    kinds: dict[str, list[Result]] = {"builders": [], "roofline": [], "attacks": []}
+    for r in results:
+        kind = r["name"].split("/")[0]
+        kinds[kind if kind in kinds else "attacks"].append(r)
+    tables = of_gpu_attacks(kinds["attacks"]), of_gpu_builders(kinds["builders"]), of_roofline(kinds["roofline"])
+    return "\n\n".join(tables)
+
+
+def of_gpu_attacks(results: list[Result]) -> str:
+    rows = []
+    for r in results:
+        facts, on_cpu = r.get("record", {}), r["references"]["the same on the CPU"]
+        psnr = facts.get("psnr", facts.get("worst psnr"))
+        others = {name: other for name, other in r["references"].items() if other is not on_cpu}
+        rows.append(
+            [
+                r["name"].replace("/cuda/", " "),
+                seconds(r["ours"]["median"]),
+                "-" if psnr is None else f"{psnr:.0f} dB",
+                {True: "yes", False: "no"}.get(facts.get("verified"), "-"),
+                seconds(on_cpu["median"]),
+                f"{on_cpu['ratio']:.1f}x" if "ratio" in on_cpu else "-",
+                beside(others),
+            ]
+        )
+    return table(["case", "ours", "PSNR", "verified", "the same on the CPU", "ratio", "others on the GPU"], rows)
+
+
+def of_gpu_builders(results: list[Result]) -> str:
+    """A copy reads what it writes: of equal bytes written, it moves twice as many."""
+    rows = []
+    for r in results:
+        _, _, matrix, size = r["name"].split("/")
+        others = dict(r["references"])
+        ratio = others.pop("device copy of the same bytes", {}).get("ratio")
+        rows.append(
+            [
+                matrix,
+                size,
+                seconds(r["ours"]["median"]),
+                f"{r['gb_per_s']:.0f} GB/s" if "gb_per_s" in r else "-",
+                "-" if ratio is None else f"{ratio:.2f}",
+                "-" if ratio is None else f"{ratio / 2:.2f}",
+                beside(others),
+            ]
+        )
+    shares = ["bytes written / a copy's", "bytes moved / a copy's"]
+    return table(["matrix", "size", "ours", "written", *shares, "others"], rows)
+
+
+def of_roofline(results: list[Result]) -> str:
+    rows = []
+    for r in results:
+        if "record" not in r:
+            continue
+        facts = r["record"]
+        rows.append(
+            [
+                r["name"].removeprefix("roofline/"),
+                f"{facts['bytes'] / 1e6:.1f} MB",
+                f"{facts['flops'] / 1e9:.2f} Gflop",
+                seconds(facts["seconds"]),
+                seconds(facts["seconds at the bandwidth limit"]),
+                seconds(facts["seconds at the flop limit"]),
+                f"{facts['copy GB/s']:.0f} GB/s",
+                f"{facts['matrix product Gflop/s']:.0f} Gflop/s",
+                f"{facts['share of the limit reached']:.0%}",
+            ]
+        )
+    header = ["stage", "bytes", "flops", "measured", "at the bandwidth", "at the flops", "copy", "matrix product"]
+    return table([*header, "share of the limit"], rows)
+
+
 TABLES: dict[str, Callable[[list[Result]], str]] = {
     "attack": of_attack,
     "builders": of_builders,
     "large": of_large,
     "batch": of_batch,
     "heads": of_heads,
+    "gpu": of_gpu,
+    "roofline": of_roofline,
 }
 
 
 def machine(facts: Result) -> str:
+    gpus = "".join(f"{name}, " for name in facts["devices"])
     return (
-        f"{facts['cpu']}, {facts['threads']} thread(s), torch {facts['torch']}, numpy {facts['numpy']}, "
+        f"{gpus}{facts['cpu']}, {facts['threads']} thread(s), torch {facts['torch']}, numpy {facts['numpy']}, "
         f"scipy {facts['scipy']}; {facts['time'][:10]}, commit {facts['commit']}."
     )
 
