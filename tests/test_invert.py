@@ -413,6 +413,7 @@ MIDDLE = {
     "layer norm": (nn.LayerNorm([24, 6, 6]), "2", "LayerNorm: its statistics"),
     "group norm": (nn.GroupNorm(4, 24), "2", "GroupNorm: its statistics"),
     "softmax": (nn.Softmax(1), "2", "a layer with no rule"),
+    "a falling PReLU": (nn.PReLU(init=-0.1), "2", "not monotone with these parameters"),
 }
 
 

@@ -18,7 +18,8 @@ from rconv_fast.graph import build_graph
 from rconv_fast.invert import forward_activations
 from rconv_fast.layers.bounds import flat_rows
 from rconv_fast.solve import Solution, System, WeightRows, apply_prior, solve
-from rconv_fast.solve.prior import differences, differences_adjoint, null_basis
+from rconv_fast.solve.dense import PseudoInverse
+from rconv_fast.solve.prior import differences, differences_adjoint
 
 # What the splitting leaves of a bound, with room.
 BOUND = 1e-3
@@ -88,7 +89,7 @@ def test_tv_is_least_among_solutions(underdetermined) -> None:
     found = apply_prior(system, solution, "tv")
     least = total_variation(found.x)
     assert least < total_variation(x)
-    null = null_basis(system, solution)
+    null = PseudoInverse.create(system).null
     for size in (1e-2, 1e-1, 1.0):
         for direction in torch.randn(20, null.shape[1], dtype=torch.float64):
             other = found.x + size * (null @ (direction / direction.norm())).reshape(x.shape)
@@ -133,7 +134,7 @@ def test_determined_values_match_dense_null_space() -> None:
     found = apply_prior(system, solution, "tv")
     assert np.array_equal(found.determined.numpy(), expected)
     assert float((found.x - x)[found.determined].abs().max()) < 1e-9
-    assert null_basis(system, solution).shape[1] == len(null)
+    assert solution.inverse.null.shape[1] == len(null)
 
 
 def test_null_basis_stays_on_the_support(underdetermined) -> None:
@@ -141,7 +142,7 @@ def test_null_basis_stays_on_the_support(underdetermined) -> None:
     support = torch.ones(x.shape, dtype=torch.bool)
     support[..., :2] = False
     restricted = replace(system, support=support)
-    null = null_basis(restricted, replace(solve(system), inverse=None))
+    null = PseudoInverse.create(restricted).null
     rank = np.linalg.matrix_rank(dense(system).numpy()[:, support.reshape(-1).numpy()])
     assert null.shape[1] == int(support.sum()) - rank
     assert bool((null[~support.reshape(-1)] == 0).all())

@@ -13,6 +13,7 @@ from layers import gradient_matrix, random_grad_output, random_input, random_wei
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.operators import apply_gradient, apply_weight
 from rconv_fast.solve import GradientRows, MapRows, PointRows, Rows, System, WeightRows, hybrid, precision, solve
+from rconv_fast.solve.dense import PseudoInverse
 from rconv_fast.solve.gram import GramFactor, group_filters, output_gram, phase_gram, phase_rows
 from rconv_fast.solve.krylov import refine
 from rconv_fast.solve.phases import count_phases, solve_by_phases
@@ -386,6 +387,7 @@ def test_float32_products_do_not_cost_accuracy(filters: int, monkeypatch: pytest
 def test_the_probe_marks_exactly_what_is_open(shape: tuple, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Systems too large to be decided by eigenvalues: a random vector is projected on the row space."""
     monkeypatch.setattr(hybrid, "MAX_DENSE_UNKNOWNS", 0)
+    monkeypatch.setattr(hybrid, "MAX_DENSE_OPEN_UNKNOWNS", 0)
     monkeypatch.setattr(hybrid, "MIXED_PRECISION_UNKNOWNS", 0 if mixed else 10**9)
     channels, size, kernel, stride = shape
     case = half_blind(Case(make(channels, size, kernel, stride=stride), 2))
@@ -423,3 +425,46 @@ def test_solves_do_not_round_to_tf32_and_leave_the_choice_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="inside"), precision.exact_float32():
         raise RuntimeError("inside")
     assert getattr(place, name) == before
+
+
+# By eigenvalues
+
+
+def assert_pseudo_inverse(system: System) -> None:
+    """Rank, determined values, null space and solution as numpy's on the columns of the support."""
+    support = torch.ones(system.shape, dtype=torch.bool) if system.support is None else system.support
+    free = support.flatten()
+    matrix = dense(system)[0][:, free]
+    expected, inverse = Reference(matrix, matrix.sum(dim=1)), PseudoInverse.create(system)
+    assert inverse.rank == expected.rank
+    assert torch.equal(inverse.determined[free], expected.determined)
+    assert bool(inverse.determined[~free].all()), "what is known to be 0 is determined"
+    null = inverse.null
+    assert null.shape[1] == len(matrix.mT) - expected.rank
+    assert bool((null[~free] == 0).all())
+    assert torch.allclose(null.mT @ null, torch.eye(null.shape[1], **DOUBLE), atol=1e-10)
+    assert torch.allclose(matrix @ null[free], torch.zeros(len(matrix), null.shape[1], **DOUBLE), atol=1e-9)
+    right = torch.zeros(system.shape, **DOUBLE)
+    right[support] = matrix.mT @ matrix.sum(dim=1)
+    assert torch.allclose(inverse.solve(right)[support], expected.x.flatten(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("restricted", [False, True], ids=["all values", "on a support"])
+@pytest.mark.parametrize("filters", [1, 4, 20], ids=["wide", "wide, more rows than the limit", "tall"])
+def test_the_pseudo_inverse_is_that_of_the_dense_matrix(filters: int, restricted: bool) -> None:
+    case = Case(make((2, filters), (7, 6), 3, stride=2, padding=1), 2)
+    system = case.system()
+    assert (system.count < 0.6 * system.unknowns) == (filters == 1)
+    if restricted:
+        system = replace(system, support=torch.rand(system.shape) < 0.7)
+    assert_pseudo_inverse(system)
+
+
+def test_no_equation_at_all_determines_nothing() -> None:
+    case = Case(make((2, 3), (5, 5), 3), 1)
+    g = case.geometry
+    empty = GradientRows.create(g, torch.zeros(3, 2, 3, 3, **DOUBLE), torch.zeros(1, 3, 3, 3, **DOUBLE))
+    inverse = PseudoInverse.create(System(torch.Size((1, 2, 5, 5)), (empty,)))
+    assert inverse.rank == 0
+    assert not inverse.determined.any()
+    assert inverse.null.shape == (50, 50)

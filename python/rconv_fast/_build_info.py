@@ -17,9 +17,9 @@ def build_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``, ``python``, ``torch``; of the build ``compiled``, ``openmp``, ``cuda``, ``cuda_toolkit``,
-        ``cuda_architectures``, and ``load_error`` if it was not to be loaded; of the machine ``cupy`` (version or None), ``torch_cuda`` (version or None),
-        ``threads`` and ``devices`` (names of the GPUs).
+        ``version``, ``python``, ``torch``; of the build ``compiled``, ``load_error`` (why not), ``openmp``,
+        ``cuda``, ``cuda_toolkit``, ``cuda_architectures``; of the machine ``cupy`` (version or None),
+        ``torch_cuda`` (version or None), ``threads`` and ``devices`` (names of the GPUs).
     """
     core = backends._core
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()

@@ -148,6 +148,8 @@ def invert(
             size = len(head.grad_logits)
             graph = single if size == 1 else build_graph(work, named, shape, size)
             results.append(_attempt(work, named, graph, head, loss, precision, prior, report))
+            if results[-1].verified:
+                break
     return min(results, key=lambda result: result.gradient_residual)
 
 

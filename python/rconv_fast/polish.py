@@ -42,24 +42,25 @@ def polish(
     Returns
     -------
     Tensor
-        `inputs`, or a better answer.
+        `inputs`, or a better answer. A model that cannot be differentiated three times is left as it is.
     """
     names = [name for name, g in gradients.items() if bool(g.any())]
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    scales = [1 / float(gradients[name].norm()) for name in names]
+    parameters = [p for name, p in model.named_parameters() if name in names]
+    targets = [gradients[name] for name, _ in model.named_parameters() if name in names]
+    scales = [1 / float(target.norm()) for target in targets]
 
-    def residual(x: Tensor) -> tuple[Tensor, ...]:
-        def value(chosen: dict[str, Tensor]) -> Tensor:
-            return loss(torch.func.functional_call(model, {**parameters, **chosen}, (x,)), labels)
-
-        found = torch.func.grad(value)({name: parameters[name] for name in names})
-        return tuple((found[name] - gradients[name]) * s for name, s in zip(names, scales, strict=True))
+    def residual(x: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(loss(model(x), labels), parameters, create_graph=x.requires_grad)
+        return [(g - target) * s for g, target, s in zip(found, targets, scales, strict=True)]
 
     size = _norm(residual(inputs))
     for _ in range(MAX_STEPS):
         if size <= goal or not math.isfinite(size):
             break
-        candidate = inputs + _gauss_newton_step(residual, inputs)
+        try:
+            candidate = inputs + _gauss_newton_step(residual, inputs)
+        except RuntimeError:  # a layer of the user's own that cannot be differentiated three times
+            break
         size_new = _norm(residual(candidate))
         if not size_new < size:
             break
@@ -70,23 +71,35 @@ def polish(
     return inputs
 
 
-def _gauss_newton_step(residual: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> Tensor:
-    """``min_d ||J d + r||`` by CGLS, J the residual's Jacobian (products by forward and reverse mode)."""
-    r0, transpose = torch.func.vjp(residual, x)[:2]
-    r = [-part for part in r0]
+def _gauss_newton_step(residual: Callable[[Tensor], list[Tensor]], x: Tensor) -> Tensor:
+    """``min_d ||J d + r||`` by CGLS, J the residual's Jacobian."""
+    at = x.detach().requires_grad_()
+    r0 = residual(at)
+    # J^T u is linear in u, so differentiating it once more gives J: reverse mode twice, which every layer knows
+    # that can be trained; not every one knows forward mode.
+    u = [torch.zeros_like(part, requires_grad=True) for part in r0]
+    (transposed,) = torch.autograd.grad(r0, at, u, create_graph=True)
+
+    def transpose(y: list[Tensor]) -> Tensor:
+        return torch.autograd.grad(r0, at, y, retain_graph=True)[0]
+
+    def forward(d: Tensor) -> list[Tensor]:
+        parts = torch.autograd.grad(transposed, u, d, retain_graph=True, materialize_grads=True)
+        return [part.detach() for part in parts]
+
+    r = [-part.detach() for part in r0]
     step = torch.zeros_like(x)
-    (s,) = transpose(tuple(r))
-    p, gamma = s, float(s.square().sum())
-    start = gamma
+    p = s = transpose(r)
+    gamma = start = float(s.square().sum())
     for _ in range(INNER_ITERATIONS):
-        q = torch.func.jvp(residual, (x,), (p,))[1]
+        q = forward(p)
         curvature = sum(float(part.square().sum()) for part in q)
         if not curvature > 0:
             break
         alpha = gamma / curvature
         step = step + alpha * p
         r = [ri - alpha * qi for ri, qi in zip(r, q, strict=True)]
-        (s,) = transpose(tuple(r))
+        s = transpose(r)
         gamma, previous = float(s.square().sum()), gamma
         p = s + gamma / previous * p
         if not gamma > 1e-24 * start:
@@ -94,5 +107,5 @@ def _gauss_newton_step(residual: Callable[[Tensor], tuple[Tensor, ...]], x: Tens
     return step
 
 
-def _norm(parts: tuple[Tensor, ...]) -> float:
+def _norm(parts: list[Tensor]) -> float:
     return math.sqrt(sum(float(part.square().sum()) for part in parts))

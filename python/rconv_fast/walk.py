@@ -222,7 +222,7 @@ class Walk:
         self.progress(Event(label, "solve"))
         best = self._solve_once(step, rows, known, label)
         bar = self._bar()
-        chosen = self._threshold_step(step)
+        chosen = self._threshold_step(step) if self._all_determined() else None
         if best.residual > bar and best.converged and best.rows > best.unknowns and chosen is not None:
             best = self._retry(step, chosen, best, bar, label)
         if self.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
@@ -266,14 +266,18 @@ class Walk:
         )
         bar = self._bar()
         settled = found.converged and (self._is_fixed(step, found) or found.residual > bar)
-        if settled or not self._never_negative(step):
-            return found
+        if settled or not self._never_negative(step) or found.unknowns > 2 * found.rank:
+            return found  # the last: zeros cannot fix more directions than half of the values (Wendel)
         return solve_nonnegative(
             system,
             found,
             tolerance=bar,
             progress=lambda i, r: self.progress(Event(label, "nonnegative", i, None, r)),
         )
+
+    def _all_determined(self) -> bool:
+        """Whether the layers so far left nothing open: otherwise equations contradict each other for that reason."""
+        return all(bool(determined.all()) for determined in self.determined.values())
 
     @staticmethod
     def _is_fixed(step: Step, found: Solution) -> bool:

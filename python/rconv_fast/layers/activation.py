@@ -238,6 +238,8 @@ FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
     "hardsigmoid": nn.Hardsigmoid,
 }
 
+# Monotone with some parameters only (and, for RReLU, in evaluation mode).
+MONOTONE_IN_PART = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Softplus, nn.ELU, nn.CELU)
 NOT_MONOTONE = ("gelu", "silu", "mish", "hardswish", "glu")
 
 

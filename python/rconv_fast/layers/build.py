@@ -126,6 +126,8 @@ def module_rule(module: nn.Module, call: Call) -> Rule | None:
         case _ if isinstance(module, AVERAGES):
             return AverageRule(kind, call.forward)
     inverse = activation.of_module(module)
+    if inverse is None and isinstance(module, activation.MONOTONE_IN_PART):
+        return UnsupportedRule(kind, f"{module}, which is not monotone with these parameters")
     return ActivationRule(inverse) if inverse is not None else unsupported(kind)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.dense import PseudoInverse, normal_matrix
+from rconv_fast.solve.dense import PseudoInverse
 from rconv_fast.solve.dissection import DissectionFactor
 from rconv_fast.solve.krylov import KrylovResult, Preconditioner, Progress, refine
 from rconv_fast.solve.phases import count_phases
@@ -39,8 +39,9 @@ NEARLY_SQUARE = 1.6
 MAX_DISSECTION_FLOPS, MAX_DISSECTION_BYTES = 1e12, 3e9
 # Dissections this small are tried first; larger ones after the Jacobi iteration has had its chance.
 CHEAP_DISSECTION_FLOPS = 5e9
-# Largest system that is decided by eigenvalues when the iterations leave its rank open.
-MAX_DENSE_UNKNOWNS = 6144
+# Largest system that is decided by eigenvalues when the iterations leave its rank open: half a minute on two cores
+# for one that may yet have full rank, three seconds for one that cannot.
+MAX_DENSE_UNKNOWNS, MAX_DENSE_OPEN_UNKNOWNS = 6144, 3072
 # Above this many unknowns the inner iterations run in float32 (four times faster convolutions on a CPU).
 MIXED_PRECISION_UNKNOWNS = 20_000
 MAX_ITERATIONS, MAX_MIXED_ITERATIONS = 2000, 5000
@@ -137,6 +138,10 @@ def solve_hybrid(
 
     With `max_iterations`, nothing is said to be determined where they did not suffice.
     """
+    open_anyway = system.count < system.unknowns
+    exact = system.unknowns <= (MAX_DENSE_OPEN_UNKNOWNS if open_anyway else MAX_DENSE_UNKNOWNS)
+    if exact and open_anyway:
+        return _solve_dense(balance(system, 1.0), rtol)
     best: tuple[KrylovResult, float, Built, System] | None = None
     for plan in plans(system, rtol, max_iterations):
         balanced = balance(system, plan.gradient_weight)
@@ -149,15 +154,15 @@ def solve_hybrid(
             break
     assert best is not None
     result, residual, built, balanced = best
-    enough = balanced.count >= balanced.unknowns and bool(_touched(balanced).all())
-    if not (enough and result.converged) and balanced.unknowns <= MAX_DENSE_UNKNOWNS:
+    enough = not open_anyway and bool(_touched(balanced).all())
+    if exact and not (enough and result.converged):
         return _solve_dense(balance(system, 1.0), rtol)
     if max_iterations is not None and not result.converged:
         determined = torch.zeros(balanced.shape, dtype=torch.bool, device=result.x.device)
     else:
         determined = _touched(balanced) if built.proven else _probe(built, result.iterations)
     full = bool(determined.all())
-    if not full and balanced.unknowns <= MAX_DENSE_UNKNOWNS:  # exact rank, and the minimum norm
+    if exact and not full:  # for the rank itself, and the minimum norm
         return _solve_dense(balance(system, 1.0), rtol)
     return Solution(
         x=result.x,
@@ -298,17 +303,14 @@ def _agreement(built: Built, iterations: int, generator: torch.Generator) -> Ten
 
 def _solve_dense(system: System, rtol: float) -> Solution:
     """Decide the rank by eigenvalues of the normal matrix, then refine with its pseudo-inverse."""
-    inverse = PseudoInverse.create(normal_matrix(system))
+    inverse = PseudoInverse.create(system)
     result = refine(system, inverse.solve, inner_rtol=1e-12, rtol=rtol, max_iterations=50)
-    determined = inverse.determined.reshape(system.shape)
-    if system.support is not None:
-        determined = determined | ~system.support
     return Solution(
         x=result.x,
         rank=inverse.rank,
         unknowns=system.unknowns,
         rows=system.count,
-        determined=determined,
+        determined=inverse.determined.reshape(system.shape),
         residual=system.residual(result.x),
         condition=inverse.condition,
         solver="normal-eigh",

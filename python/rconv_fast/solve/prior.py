@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.dense import PseudoInverse, normal_matrix
+from rconv_fast.solve.dense import PseudoInverse
 from rconv_fast.solve.hybrid import balance
 from rconv_fast.solve.krylov import refine
 from rconv_fast.solve.precision import exact_float32
@@ -90,7 +90,7 @@ def apply_prior(system: System, solution: Solution, prior: str, inequalities: Se
     """
     terms = [*_prior_terms(prior), *(_inequality(rows) for rows in inequalities)]
     if system.unknowns <= MAX_DENSE_UNKNOWNS:
-        null = null_basis(system, solution)
+        null = (solution.inverse or PseudoInverse.create(system)).null
         if null.shape[1] == 0:
             return solution
         x, iterations = minimise(terms, solution.x, _null_step(terms, null, system.shape))
@@ -103,20 +103,6 @@ def apply_prior(system: System, solution: Solution, prior: str, inequalities: Se
         solver=f"{solution.solver}+{prior}",
         iterations=solution.iterations + iterations,
     )
-
-
-def null_basis(system: System, solution: Solution) -> Tensor:
-    """Orthonormal basis of the null space on the support, (n, k) with n counting all values."""
-    inverse = solution.inverse or PseudoInverse.create(normal_matrix(system))
-    if system.support is None:
-        return inverse.null
-    # Values outside the support are null directions of the normal matrix too: only the others span the rest.
-    inside = system.support.reshape(-1)
-    u, s, _ = torch.linalg.svd(inverse.null[inside], full_matrices=False)
-    basis = u[:, s > 0.5]
-    null: Tensor = basis.new_zeros(len(inside), basis.shape[1])
-    null[inside] = basis
-    return null
 
 
 def _null_step(terms: Sequence[Term], null: Tensor, shape: torch.Size) -> Step:

@@ -226,7 +226,8 @@ class MapRows:
 
     def apply(self, x: Tensor) -> Tensor:
         """``w M x``."""
-        return self.forward(x) * self.row_weight
+        with torch.no_grad():  # the map may hold the model's parameters
+            return self.forward(x) * self.row_weight
 
     def adjoint(self, y: Tensor) -> Tensor:
         """``M^T w y``."""

@@ -1,0 +1,94 @@
+"""Gradient matching: the Gauss-Newton step against a dense oracle, and what it must survive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rconv_fast.polish import _gauss_newton_step, polish
+
+LABELS = torch.tensor([3])
+
+
+def network(*layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    front = [nn.Conv2d(2, 6, 3, 2, 1), nn.Tanh(), nn.Conv2d(6, 4, 3), nn.Sigmoid()]
+    return nn.Sequential(*front, *layers, nn.Flatten(), nn.Linear(16, 8)).double()
+
+
+def gradients_at(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(F.cross_entropy(model(x), LABELS), parameters), strict=True))
+
+
+def test_a_step_is_the_least_squares_solution() -> None:
+    model, x = network(), torch.rand(1, 2, 8, 8, dtype=torch.float64)
+    target = gradients_at(model, x)
+    parameters = list(model.parameters())
+    near = x + 1e-3 * torch.randn_like(x)
+
+    def residual(at: Tensor) -> list[Tensor]:
+        found = torch.autograd.grad(F.cross_entropy(model(at), LABELS), parameters, create_graph=at.requires_grad)
+        return [g - t for g, t in zip(found, target.values(), strict=True)]
+
+    at = near.clone().requires_grad_()
+    flat = torch.cat([part.flatten() for part in residual(at)])
+    jacobian = torch.stack([torch.autograd.grad(row, at, retain_graph=True)[0].flatten() for row in flat])
+    expected = torch.linalg.lstsq(jacobian, -flat.detach()[:, None], driver="gelsd").solution.view_as(x)
+    step = _gauss_newton_step(residual, near)
+    left, best = (float((jacobian @ d.flatten() + flat.detach()).norm()) for d in (step, expected))
+    assert left < best + 1e-3 * float(flat.detach().norm())
+
+
+def test_an_answer_nearby_becomes_the_answer() -> None:
+    model, x = network(), torch.rand(1, 2, 8, 8, dtype=torch.float64)
+    model[-1].weight.data.mul_(3)
+    near = x + 1e-4 * torch.randn_like(x)
+    found = polish(model, gradients_at(model, x), near, LABELS, F.cross_entropy, 1e-12)
+    assert float((found - x).abs().max()) < 1e-2 * float((near - x).abs().max())
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_dead_units_and_a_regression_loss(classes: int) -> None:
+    """Units that pass nothing on: zeros that torch's forward mode stumbled over."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(27, 6), nn.ReLU()).double()
+    model.append(nn.Linear(6, classes).double())
+    with torch.no_grad():
+        model[3].bias[:3] = -100.0
+    x, y = torch.rand(1, 1, 8, 8, dtype=torch.float64), torch.zeros(1, classes, dtype=torch.float64)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(F.mse_loss(model(x), y), parameters)
+    near = x + 1e-5 * torch.randn_like(x)
+
+    def mismatch(at: Tensor) -> float:
+        found = torch.autograd.grad(F.mse_loss(model(at), y), parameters)
+        return sum(float((a - b).square().sum()) for a, b in zip(found, gradients, strict=True))
+
+    found = polish(model, dict(zip(names, gradients, strict=True)), near, y, F.mse_loss, 1e-12)
+    assert mismatch(found) < 1e-6 * mismatch(near)
+
+
+class _OnlyOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(_, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(_, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("derivative of the derivative")
+        return 2 * grad
+
+
+class Once(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _OnlyOnce.apply(x)
+
+
+def test_a_model_that_cannot_be_differentiated_again_is_left_as_it_is() -> None:
+    model, x = network(Once()), torch.rand(1, 2, 8, 8, dtype=torch.float64)
+    near = x + 1e-4 * torch.randn_like(x)
+    assert torch.equal(polish(model, gradients_at(model, x), near, LABELS, F.cross_entropy, 1e-12), near)
