@@ -460,6 +460,20 @@ def test_the_pseudo_inverse_is_that_of_the_dense_matrix(filters: int, restricted
     assert_pseudo_inverse(system)
 
 
+def test_an_eigenvalue_routine_that_gives_up_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_up(_: Tensor) -> None:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    assert_pseudo_inverse(half_blind(Case(make((2, 20), (7, 6), 3, stride=2, padding=1), 2)).system())
+
+
+def test_values_that_no_equation_holds_stay_outside_the_eigenvalues() -> None:
+    case = Case(make((2, 9), (8, 8), 1, stride=3), 1)
+    assert_pseudo_inverse(case.system())
+    assert PseudoInverse.create(case.system()).vectors.shape == (18, 18)
+
+
 def test_no_equation_at_all_determines_nothing() -> None:
     case = Case(make((2, 3), (5, 5), 3), 1)
     g = case.geometry

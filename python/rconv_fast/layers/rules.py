@@ -54,6 +54,10 @@ class UnsupportedRule(Rule):
     reason: str
 
 
+# Below this derivative an activation is saturated: inverting it would amplify noise by more than the inverse.
+MIN_DERIVATIVE = 1e-7
+
+
 @dataclass(frozen=True)
 class ConvRule(Rule):
     """A convolution or (with ``input_size = kernel_size = (1,)``) a fully connected layer."""
@@ -77,17 +81,15 @@ class ConvRule(Rule):
         """Gradient constraints, and weight constraints where pre-activations are known."""
         rows: list[Rows] = []
         if self.grad_weight is not None:
-            rows.append(GradientRows.create(self.geometry, self.grad_weight, self._as_output(grad)))
+            # g = A' dL/da, and A' is known to a rounding of 1: the relative noise of g is 1/A', y's weight is A'.
+            noise = None if y is None else self._as_output(grad.abs() / y.weight.clamp_min(MIN_DERIVATIVE))
+            rows.append(GradientRows.create(self.geometry, self.grad_weight, self._as_output(grad), noise))
         if y is not None and bool((y.weight > 0).any()):
             output = self._as_output(y.value)
             if self.bias is not None:
                 output = output - self.bias.reshape(1, -1, *(1,) * self.geometry.ndim)
             rows.append(WeightRows.create(self.geometry, self.weight, output, self._as_output(y.weight)))
         return rows
-
-
-# Below this derivative an activation is saturated: inverting it would amplify noise by more than the inverse.
-MIN_DERIVATIVE = 1e-7
 
 
 @dataclass(frozen=True)

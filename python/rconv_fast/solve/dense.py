@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -54,22 +53,21 @@ def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
-def normal_matrix(system: System) -> Tensor:
-    """``M^T M`` on the support, (n, n), column by column from products."""
-    free = _support(system).nonzero().flatten()
+def normal_matrix(system: System, free: Tensor) -> Tensor:
+    """``M^T M`` on the values that `free` (bool, flat) marks, (n, n), column by column from products."""
+    places = free.nonzero().flatten()
     unit = system.rhs[0].new_zeros(system.shape)
     flat = unit.reshape(-1)
-    columns = flat.new_empty(len(free), len(free))
-    for row, j in enumerate(free.tolist()):
+    columns = flat.new_empty(len(places), len(places))
+    for row, j in enumerate(places.tolist()):
         flat[j] = 1
-        columns[row] = system.adjoint(system.apply(unit)).reshape(-1)[free]
+        columns[row] = system.adjoint(system.apply(unit)).reshape(-1)[places]
         flat[j] = 0
     return columns
 
 
-def row_matrix(system: System) -> Tensor:
-    """M on the support, (rows that are not 0, n), row by row from products."""
-    free = _support(system).nonzero().flatten()
+def row_matrix(system: System, free: Tensor) -> Tensor:
+    """M on the values that `free` marks, (rows that are not 0, n), row by row from products."""
     units = [torch.zeros_like(part) for part in system.rhs]
     rows = []
     for unit in units:
@@ -80,14 +78,17 @@ def row_matrix(system: System) -> Tensor:
             flat[i] = 0
             if bool(row.any()):
                 rows.append(row)
-    return torch.stack(rows) if rows else units[0].new_zeros(0, len(free))
+    return torch.stack(rows) if rows else units[0].new_zeros(0, int(free.sum()))
 
 
-def _support(system: System) -> Tensor:
-    """Bool, one a value: not known to be 0."""
-    if system.support is None:
-        return torch.ones(math.prod(system.shape), dtype=torch.bool, device=system.rhs[0].device)
-    return system.support.reshape(-1)
+def _eigen(normal: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of a positive semidefinite matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(normal)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # LAPACK gives up on some with many equal values
+        _, singular, vh = torch.linalg.svd(normal)
+        values, vectors = singular.flip(0), vh.mT.flip(1)
+    return values, vectors
 
 
 # M has so few rows for its columns that its singular values cost less than the eigenvalues of M^T M.
@@ -96,31 +97,35 @@ WIDE = 0.6
 
 @dataclass(frozen=True)
 class PseudoInverse:
-    """``(M^T M)^+`` on the support, by eigenvectors.
+    """``(M^T M)^+`` by eigenvectors.
 
     Attributes
     ----------
     vectors, values : Tensor
-        Eigenvectors, (support, rank), and eigenvalues of ``M^T M`` that are not 0.
-    support : Tensor
-        Bool, one a value of x: not known to be 0.
+        Eigenvectors, (n, rank), and eigenvalues of ``M^T M`` that are not 0, on the n values of `free`.
+    support, free : Tensor
+        Bool, one a value of x: not known to be 0; and, of those, in some equation.
     """
 
     vectors: Tensor
     values: Tensor
     support: Tensor
+    free: Tensor
 
     @classmethod
     def create(cls, system: System) -> PseudoInverse:
         """Eigenvalues below the largest's rounding are 0: singular values below 1e-7 or so of the largest."""
-        if system.count < WIDE * system.unknowns:
-            _, singular, vh = _thin_svd(row_matrix(system))
+        touched = (system.diagonal() > 0).expand(system.shape).reshape(-1)
+        support = torch.ones_like(touched) if system.support is None else system.support.reshape(-1)
+        free = touched & support
+        if system.count < WIDE * int(free.sum()):
+            _, singular, vh = _thin_svd(row_matrix(system, free))
             values, vectors = singular.square().flip(0), vh.mT.flip(1)
         else:
-            values, vectors = torch.linalg.eigh(normal_matrix(system))
-        rounding = RANK_ROUNDINGS * torch.finfo(values.dtype).eps * system.unknowns
+            values, vectors = _eigen(normal_matrix(system, free))
+        rounding = RANK_ROUNDINGS * torch.finfo(values.dtype).eps * len(vectors)
         kept = values > rounding * (values[-1] if len(values) else 0.0)
-        return cls(vectors[:, kept], values[kept], _support(system))
+        return cls(vectors[:, kept], values[kept], support, free)
 
     @property
     def rank(self) -> int:
@@ -136,22 +141,25 @@ class PseudoInverse:
     def determined(self) -> Tensor:
         """Bool, one a value of x: known to be 0, or in the row space."""
         determined = ~self.support
-        determined[self.support] = (1 - self.vectors.square().sum(dim=1)) < NULL_SPACE_TOLERANCE
+        determined[self.free] = (1 - self.vectors.square().sum(dim=1)) < NULL_SPACE_TOLERANCE
         return determined
 
     @property
     def null(self) -> Tensor:
         """Orthonormal basis of what the equations leave open, (values of x, support - rank)."""
         q, _ = torch.linalg.qr(self.vectors, mode="complete")
-        null: Tensor = q.new_zeros(len(self.support), q.shape[1] - self.rank)
-        null[self.support] = q[:, self.rank :]
+        untouched = (self.support & ~self.free).nonzero().flatten()
+        inside = q.shape[1] - self.rank
+        null: Tensor = q.new_zeros(len(self.support), inside + len(untouched))
+        null[self.free, :inside] = q[:, self.rank :]
+        null[untouched, torch.arange(inside, null.shape[1], device=null.device)] = 1
         return null
 
     def solve(self, v: Tensor) -> Tensor:
         """Apply it to a tensor of x's shape."""
         flat = v.reshape(-1)
         solved = torch.zeros_like(flat)
-        solved[self.support] = self.vectors @ ((self.vectors.mT @ flat[self.support]) / self.values)
+        solved[self.free] = self.vectors @ ((self.vectors.mT @ flat[self.free]) / self.values)
         return solved.reshape(v.shape)
 
 

@@ -50,8 +50,9 @@ class Rows(Protocol):
 class GradientRows:
     """Gradient constraints ``dW[f,c,k] = sum_{b,u} g[b,f,u] x[b,c,i]`` (R-CONV, equation 11).
 
-    `grad_output` and `rhs` are scaled filter by filter to ``||g_f|| = 1``: the filters of one layer differ by
-    orders of magnitude, and the relative rounding of each ``dW[f]`` is the same.
+    `grad_output` and `rhs` are scaled filter by filter to the same rounding: the filters of one layer differ by orders
+    of magnitude, and the relative rounding of each ``dW[f]`` is the same. So is that of ``g_f``, unless it passed a
+    saturated activation.
     """
 
     geometry: ConvGeometry
@@ -59,9 +60,14 @@ class GradientRows:
     rhs: Tensor
 
     @classmethod
-    def create(cls, geometry: ConvGeometry, grad_weight: Tensor, grad_output: Tensor) -> GradientRows:
-        """Scale the rows of each filter to unit gradient norm; filters without gradient become empty rows."""
-        norm = grad_output.transpose(0, 1).flatten(1).norm(dim=1)
+    def create(
+        cls, geometry: ConvGeometry, grad_weight: Tensor, grad_output: Tensor, noise: Tensor | None = None
+    ) -> GradientRows:
+        """Scale the rows of each filter to unit noise; filters without gradient become empty rows.
+
+        The noise of `grad_output`, in roundings and element by element, is at least its size (and that if not given).
+        """
+        norm = (grad_output if noise is None else noise).transpose(0, 1).flatten(1).norm(dim=1)
         scale = torch.where(norm > 0, 1 / norm, 0.0).nan_to_num(0.0, 0.0, 0.0)
         spatial = (1,) * geometry.ndim
         return cls(
