@@ -65,11 +65,12 @@ def record(result: tuple[Tensor, Any]) -> dict[str, Any]:
     matched = x[rconv_fast.match_samples(found.inputs, x)]
     worst = min(float(rconv_fast.psnr(a, b)) for a, b in zip(found.inputs, matched, strict=True))
     tightest = min(found.layers, key=lambda r: r.rows / r.unknowns)
+    stops = [note for note in found.notes if note.endswith("values are open")]
     return {
         "worst psnr": worst,
         "verified": found.verified,
         "gradient residual": found.gradient_residual,
-        "tightest layer": f"{tightest.name}: {tightest.rows} rows for {tightest.unknowns} unknowns",
+        "tightest layer": [*stops, f"{tightest.name}: {tightest.rows} rows for {tightest.unknowns} unknowns"][0],
     }
 
 

@@ -96,7 +96,9 @@ def of_batch(results: list[Result]) -> str:
         for r in results
         if "record" in r
     ]
-    return table(["network, samples, gradients", "ours", "worst PSNR", "verified", "tightest layer"], rows)
+    return table(
+        ["network, samples, gradients", "ours", "worst PSNR", "verified", "tightest layer, or what stops it"], rows
+    )
 
 
 def of_heads(results: list[Result]) -> str:

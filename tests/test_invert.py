@@ -236,6 +236,23 @@ def test_saturated_units_do_not_speak_as_loudly_as_others(kind: type[nn.Module])
     assert_recovered(model, photo(16), psnr=200)
 
 
+def test_a_reading_of_the_head_that_a_relu_cannot_put_out_is_dropped() -> None:
+    """A logistic head without bias leaves a sign open; here the layer in front has too few equations to decide it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1, bias=False)).double()
+    features: list[Tensor] = []
+    model[3].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach()))
+    loss = F.binary_cross_entropy_with_logits(model(X), torch.ones(1, 1, dtype=torch.float64))
+    truth = features[0]
+    shared = list(torch.autograd.grad(loss, list(model.parameters())))
+    result = invert(model, shared, SHAPE, loss="binary_cross_entropy_with_logits")
+    assert result.labels.tolist() == [[1.0]]
+    assert not result.verified
+    with torch.no_grad():
+        again = model[:3](result.inputs)
+    assert float((again - truth)[truth > 0].abs().max()) < 1e-9
+
+
 def test_a_sequence_in_parameter_order_is_a_mapping() -> None:
     model = small()
     named = gradients_of(model, X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,7 +14,7 @@ from rconv_fast.binary_head import HeadReading, separate_logistic_head, separate
 from rconv_fast.errors import RconvError, UnsupportedModelError, require
 from rconv_fast.graph import Graph, Step
 from rconv_fast.head import separate_softmax_batch
-from rconv_fast.layers.rules import ActivationRule, ConvRule
+from rconv_fast.layers.rules import ActivationRule, ConvRule, RearrangeRule
 from rconv_fast.peeling import PeeledBatch, peel_relu_batch
 
 
@@ -61,7 +62,30 @@ def head_candidates(
         readings = separate_logistic_head(*head)
     if not readings:
         raise RconvError(f"{function} must hold the gradient of one sample, got one that no sample explains")
-    return [_reading_candidate(step.inputs[0], reading) for reading in readings]
+    low, high = _range_of(graph, step.inputs[0])
+    possible = [
+        reading
+        for reading in readings
+        if low - _slack(reading) <= float(reading.inputs.min())
+        and float(reading.inputs.max()) <= high + _slack(reading)
+    ]
+    return [_reading_candidate(step.inputs[0], reading) for reading in possible or readings]
+
+
+def _range_of(graph: Graph, name: str) -> tuple[float, float]:
+    """The least and the largest value that a step can have, by the activations in front of it."""
+    rule = graph.steps[name].rule
+    if isinstance(rule, ActivationRule):
+        return rule.activation.low, rule.activation.high
+    if isinstance(rule, RearrangeRule):
+        lows, highs = zip(*(_range_of(graph, operand) for operand in graph.steps[name].inputs), strict=True)
+        return min(lows), max(highs)
+    return -math.inf, math.inf
+
+
+def _slack(reading: HeadReading) -> float:
+    """Far above any rounding, far below the size of what was recovered."""
+    return 1e-3 * float(reading.inputs.abs().max())
 
 
 Head = tuple[Tensor, Tensor | None, Tensor, Tensor | None]

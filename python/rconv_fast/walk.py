@@ -223,6 +223,8 @@ class Walk:
         best = self._solve_once(step, rows, known, label)
         bar = self._bar()
         chosen = self._threshold_step(step) if self._all_determined() else None
+        if chosen is not None and chosen.name in self.patterns:
+            chosen = None  # the forward pass decides there, not a threshold
         if best.residual > bar and best.converged and best.rows > best.unknowns and chosen is not None:
             best = self._retry(step, chosen, best, bar, label)
         if self.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
