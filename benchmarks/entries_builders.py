@@ -52,15 +52,8 @@ class Case:
         return (self.side + 2 * self.padding - self.kernel) // self.stride + 1
 
 
-def gradient_case(
-    filters: int,
-    side: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-    device: str,
-    dtype: torch.dtype = torch.float64,
-) -> Case:
+def gradient_case(size: tuple[int, ...], device: str, dtype: torch.dtype = torch.float64) -> Case:
+    filters, side, kernel, stride, padding = size
     out_side = (side + 2 * padding - kernel) // stride + 1
     generator = torch.Generator().manual_seed(0)
     grad_output = torch.randn(1, filters, out_side, out_side, dtype=torch.float64, generator=generator)
@@ -68,16 +61,8 @@ def gradient_case(
     return with_buffers(case, ours_gradient(case))
 
 
-def weight_case(
-    channels: int,
-    filters: int,
-    side: int,
-    kernel: int,
-    stride: int,
-    padding: int,
-    device: str,
-    dtype: torch.dtype = torch.float64,
-) -> Case:
+def weight_case(size: tuple[int, ...], device: str, dtype: torch.dtype = torch.float64) -> Case:
+    channels, filters, side, kernel, stride, padding = size
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(filters, channels, kernel, kernel, dtype=torch.float64, generator=generator)
     case = Case(weight.to(device, dtype), side, kernel, stride, padding, (torch.empty(0), torch.empty(0)))
@@ -284,7 +269,7 @@ def entries() -> list[Entry]:
     }
     found = []
     for size in SIZES:
-        setup = partial(gradient_case, *size, "cpu")
+        setup = partial(gradient_case, size, "cpu")
         where = f"cpu/{','.join(map(str, size))}"
         found += [
             Entry(f"gradient/{where}", setup, ours_gradient, by_others, csr_bytes, quick=size[1] <= 16),
@@ -303,7 +288,7 @@ def entries() -> list[Entry]:
             ),
         ]
     for size in WEIGHT_SIZES:
-        setup = partial(weight_case, *size, "cpu")
+        setup = partial(weight_case, size, "cpu")
         name = f"weight/cpu/{','.join(map(str, size))}"
         by_hand = copies | {"numpy writing CSR by hand": numpy_weight_by_hand}
         found.append(Entry(name, setup, ours_weight, by_hand, csr_bytes))

@@ -228,7 +228,7 @@ def builder(
 
 
 def gradient_builders(size: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Entry]:
-    case = partial(build.gradient_case, *size, device, dtype)
+    case = partial(build.gradient_case, size, device, dtype)
     kind, where = f"builders/{device}/gradient-{short(dtype)}", ",".join(map(str, size))
     plain = {"plain torch: unfold, COO to CSR": build.torch_unfold_coo, "plain cupy: COO to CSR": cupy_coo}
     full = {"the full matrix": build.ours_gradient}
@@ -246,7 +246,7 @@ def gradient_builders(size: tuple[int, ...], dtype: torch.dtype, device: str) ->
 
 
 def weight_builders(size: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Entry]:
-    case = partial(build.weight_case, *size, device, dtype)
+    case = partial(build.weight_case, size, device, dtype)
     kind, where = f"builders/{device}/weight-{short(dtype)}", ",".join(map(str, size))
     return [
         builder(f"{kind}/{where}", case, build.ours_weight),
@@ -258,7 +258,7 @@ def weight_builders(size: tuple[int, ...], dtype: torch.dtype, device: str) -> l
 def parts(size: tuple[int, ...], device: str) -> Entry:
     return Entry(
         f"builders/{device}/values-float64/{','.join(map(str, size))}",
-        partial(build.parts_of, partial(build.gradient_case, *size, device)),
+        partial(build.parts_of, partial(build.gradient_case, size, device)),
         build.values_alone,
         {"the pattern alone": build.pattern_alone, "the values and their transpose": build.sum_values},
     )
@@ -443,14 +443,14 @@ def gradient_stage(size: tuple[int, ...], dtype: torch.dtype) -> Stage:
     def work(case: Case, _: Tensor) -> Work:
         return builder_work(build.gradient_layout(case), dtype)
 
-    return Stage(lambda device: build.gradient_case(*size, device, dtype), build.ours_gradient, work)
+    return Stage(lambda device: build.gradient_case(size, device, dtype), build.ours_gradient, work)
 
 
 def weight_stage(size: tuple[int, ...], dtype: torch.dtype) -> Stage:
     def work(case: Case, _: Tensor) -> Work:
         return builder_work(weight_layout(case), dtype)
 
-    return Stage(lambda device: build.weight_case(*size, device, dtype), build.ours_weight, work)
+    return Stage(lambda device: build.weight_case(size, device, dtype), build.ours_weight, work)
 
 
 @dataclass

@@ -49,7 +49,7 @@ def test_names_are_unique_and_the_published_ones_remain() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_builder_builds_the_same_matrix(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    case = build.gradient_case(*size, "cpu", dtype)
+    case = build.gradient_case(size, "cpu", dtype)
     ours = build.ours_gradient(case)
     assert ours.dtype == dtype
     wide = gpu.ours_wide(gpu.widened(case, build.gradient_layout))
@@ -61,7 +61,7 @@ def test_every_builder_builds_the_same_matrix(size: tuple[int, ...], dtype: torc
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_weight_matrix_wide_and_masked(size: tuple[int, ...], dtype: torch.dtype) -> None:
-    case = build.weight_case(2, *size, "cpu", dtype)
+    case = build.weight_case((2, *size), "cpu", dtype)
     full = build.ours_weight(case).to_dense()
     assert torch.equal(gpu.ours_wide(gpu.widened(case, gpu.weight_layout)).to_dense(), full)
     masked = gpu.half_known(case)

@@ -325,6 +325,16 @@ def test_rows_of_any_linear_map() -> None:
     check_hybrid(case, case.system(case.gradient, case.outputs, rows))
 
 
+def test_a_map_that_holds_parameters_gives_rows_without_a_graph() -> None:
+    """A convolution of the model's and an average behind it, as one map."""
+    layers = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.AvgPool2d(2)).double()
+    x = torch.rand(1, 2, 8, 8, **DOUBLE)
+    value = layers(x).detach()
+    rows = MapRows.create(layers, x.shape, value, torch.ones_like(value))
+    for part in (rows.apply(x), rows.diagonal(), rows.adjoint(value)):
+        assert not part.requires_grad
+
+
 def test_known_zeros_leave_fewer_unknowns() -> None:
     """The support of a ReLU output: the equations suffice for the values that are not zero, only for them."""
     case = Case(make((4, 4), (6, 6), 3, stride=2, padding=1))

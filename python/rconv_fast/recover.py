@@ -180,7 +180,7 @@ def constraint_operator(
     ------
     ArgumentError, ArgumentTypeError
         As in `recover_conv_input`.
-    BuildError
+    MissingDependencyError
         For tensors on CUDA without cupy.
 
     References
