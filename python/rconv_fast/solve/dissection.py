@@ -73,27 +73,43 @@ def _elimination(geometry: ConvGeometry, row_weights: bool, device: torch.device
 
 
 @dataclass(frozen=True)
-class _FrontRows:
-    """The rows of R that the fronts of one kind hold: ``R_EE`` (m, e, e), upper triangular, and ``R_EB`` (m, e, b)."""
+class _FrontSolve:
+    """What the fronts of one kind do in a solve.
 
+    Attributes
+    ----------
+    matrix : Tensor, shape (m, e, e + b)
+        ``S = R_EE^-1 [I  -R_EB]``: one product with it is the whole step, each way.
+    diagonal : Tensor, shape (m, e)
+        ``|diag R_EE|``.
+    """
+
+    matrix: Tensor
     diagonal: Tensor
-    coupling: Tensor
+
+    @classmethod
+    def create(cls, r_ee: Tensor, r_eb: Tensor, dtype: torch.dtype) -> _FrontSolve:
+        """From ``R_EE`` (m, e, e), upper triangular, and ``R_EB`` (m, e, b); S in `dtype`."""
+        m, e, b = r_eb.shape
+        one = torch.eye(e).to(r_ee).expand(m, e, e)
+        inverse = torch.linalg.solve_triangular(r_ee, one, upper=True)
+        matrix = r_ee.new_empty(m, e, e + b, dtype=dtype)
+        matrix[..., :e] = inverse
+        matrix[..., e:] = (inverse @ r_eb).neg_()
+        return cls(matrix, r_ee.diagonal(dim1=1, dim2=2).abs())
 
     def backward(self, x: Tensor, columns: _Columns) -> None:
-        """``R_EE x_E = y_E - R_EB x_B``, in place; x of shape (n,) or (n, vectors)."""
+        """``x_E = R_EE^-1 (y_E - R_EB x_B)``, in place; x of shape (n,) or (n, vectors)."""
         own = _own(x, columns)
-        right = own
-        if len(columns.boundary):
-            m, _, b = self.coupling.shape
-            right = torch.baddbmm(own, self.coupling, x[columns.boundary].view(m, b, own.shape[2]), alpha=-1)
-        own.copy_(torch.linalg.solve_triangular(self.diagonal, right, upper=True))
+        later = x[columns.boundary].view(len(own), -1, own.shape[2])
+        own.copy_(self.matrix @ torch.cat([own, later], dim=1))
 
     def forward(self, x: Tensor, columns: _Columns) -> None:
-        """``R_EE^T y_E = x_E``, then ``x_B -= R_EB^T y_E``, in place; x of shape (n,) or (n, vectors)."""
+        """``y_E = R_EE^-T x_E``, then ``x_B -= R_EB^T y_E``, in place; x of shape (n,) or (n, vectors)."""
         own = _own(x, columns)
-        own.copy_(torch.linalg.solve_triangular(self.diagonal.mT, own, upper=False))
-        if len(columns.boundary):
-            x.index_add_(0, columns.boundary, (self.coupling.mT @ own).view(-1, *x.shape[1:]), alpha=-1)
+        eliminated, later = torch.tensor_split(self.matrix.mT @ own, [own.shape[1]], dim=1)
+        own.copy_(eliminated)
+        x.index_add_(0, columns.boundary, later.reshape(-1, *x.shape[1:]))
 
 
 def _own(x: Tensor, columns: _Columns) -> Tensor:
@@ -124,7 +140,7 @@ class DissectionFactor:
     """
 
     def __init__(
-        self, geometry: ConvGeometry, fronts: list[_FrontRows], n_untouched: int, elimination: _Elimination
+        self, geometry: ConvGeometry, fronts: list[_FrontSolve], n_untouched: int, elimination: _Elimination
     ) -> None:
         self.geometry = geometry
         self.n_untouched = n_untouched
@@ -156,7 +172,7 @@ class DissectionFactor:
             factorisation, and damping must exceed ``A^T diag(w)^2 A``'s rounding errors: 1e-14 of its largest
             eigenvalue is a good choice in float64.
         dtype : torch.dtype, optional
-            Precision of the factor, float32 or float64; the weight's if left out.
+            Precision of the factorisation, float32 or float64; solves are always in the weight's.
 
         Returns
         -------
@@ -174,7 +190,7 @@ class DissectionFactor:
         shape = (g.out_channels, g.in_channels // g.groups, *g.kernel_size)
         require(weight.shape == shape, "factor", "weight", f"have shape {shape}", tuple(weight.shape))
         require(damping >= 0, "factor", "damping", "be >= 0", damping)
-        weight = weight.detach().to(dtype or weight.dtype)
+        solve_dtype, weight = weight.dtype, weight.detach().to(dtype or weight.dtype)
         if row_weights is not None:
             shape = (g.out_channels, *g.out_size)
             got = tuple(row_weights.shape)
@@ -187,12 +203,8 @@ class DissectionFactor:
         else:
             fronts = QrFronts(g, weight, row_weights, untouched * scale if untouched.any() else None)
         elimination = _elimination(g, row_weights is not None, weight.device)
-        return cls(g, _factor_all(g, fronts), 0 if damping > 0 else int(untouched.sum()), elimination)
-
-    def to(self, dtype: torch.dtype) -> DissectionFactor:
-        """The factor in another dtype."""
-        fronts = [_FrontRows(f.diagonal.to(dtype), f.coupling.to(dtype)) for f in self._fronts]
-        return DissectionFactor(self.geometry, fronts, self.n_untouched, self._elimination)
+        solves = _factor_all(g, fronts, solve_dtype)
+        return cls(g, solves, 0 if damping > 0 else int(untouched.sum()), elimination)
 
     def solve_normal(self, v: Tensor) -> Tensor:
         """``(R^T R)^-1 v``, v of shape (C, *in) or (n, C, *in); returned in the shape and dtype of v."""
@@ -213,7 +225,7 @@ class DissectionFactor:
                 f"{self._diagonal.numel() - self.n_untouched}; factor with damping > 0"
             )
         order, kinds = self._elimination.order, self._elimination.kinds
-        x = v.reshape(-1, len(order)).mT.to(self._diagonal.dtype)[order]
+        x = v.reshape(-1, len(order)).mT.to(self._fronts[0].matrix)[order]
         x = x.squeeze(1)  # torch adds to a vector much faster than to a column
         rows = list(zip(self._fronts, kinds, strict=True))
         if transposed:
@@ -230,8 +242,7 @@ class DissectionFactor:
         """``|diag R|`` of every unknown, pinned ones included."""
         parts = []
         for front, columns in zip(self._fronts, self._elimination.kinds, strict=True):
-            diagonal = front.diagonal.diagonal(dim1=1, dim2=2).abs()
-            parts.append(diagonal.unsqueeze(2).expand(columns.shape).flatten())
+            parts.append(front.diagonal.unsqueeze(2).expand(columns.shape).flatten())
         return torch.cat(parts)
 
     @cached_property
@@ -269,9 +280,8 @@ class DissectionFactor:
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of R."""
-        tensors = (t for f in self._fronts for t in (f.diagonal, f.coupling))
-        return sum(t.numel() * t.element_size() for t in tensors)
+        """Bytes of what solves use, as many as R has."""
+        return sum(front.matrix.numel() * front.matrix.element_size() for front in self._fronts)
 
     @staticmethod
     def estimate(geometry: ConvGeometry, *, row_weights: bool = False) -> tuple[int, int]:
@@ -314,7 +324,7 @@ def _untouched(geometry: ConvGeometry, weight: Tensor, row_weights: Tensor | Non
     return (squares == 0).reshape(g.groups, -1, g.n_input).mT, squares.max().sqrt()
 
 
-def _factor_all(geometry: ConvGeometry, fronts: Fronts) -> list[_FrontRows]:
+def _factor_all(geometry: ConvGeometry, fronts: Fronts, dtype: torch.dtype) -> list[_FrontSolve]:
     """Factor from the leaves to the root; what a front leaves is freed once its last parent took it."""
     kinds = dissect(geometry)
     last_use = {child: kind for kind in kinds for _, child in kind.children}
@@ -328,5 +338,5 @@ def _factor_all(geometry: ConvGeometry, fronts: Fronts) -> list[_FrontRows]:
         r_ee, r_eb, left[kind] = fronts.factor(kind, inherited)
         for child in {child for _, child in kind.children if last_use[child] is kind}:
             del left[child]
-        factored.append(_FrontRows(r_ee.flatten(0, 1), r_eb.flatten(0, 1)))
+        factored.append(_FrontSolve.create(r_ee.flatten(0, 1), r_eb.flatten(0, 1), dtype))
     return factored

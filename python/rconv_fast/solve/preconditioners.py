@@ -95,7 +95,7 @@ def _factor(rows: WeightRows) -> tuple[list[DissectionFactor], bool]:
     geometry, weight = rows.geometry, rows.weight * scale
     factors = [DissectionFactor.factor(geometry, weight, mask, dtype=torch.float32) for mask in masks]
     if all(f.condition_estimate <= MAX_UNDAMPED_CONDITION and not f.n_untouched for f in factors):
-        return [factor.to(weight.dtype) for factor in factors], True
+        return factors, True
     damping = DAMPING * float(rows.diagonal().max())
     return [DissectionFactor.factor(geometry, weight, mask, damping=damping) for mask in masks], False
 
