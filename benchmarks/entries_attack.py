@@ -39,7 +39,7 @@ class Attack:
 
     network: str
     activation: str
-    peer_repeats: int = 3
+    peer_repeats: int = 5
     seed: int = 0
 
     @property
@@ -135,16 +135,17 @@ def run_peer(checkout: Path, attack: Attack, threads: int) -> dict[str, Any]:
 
 
 def side_by_side(attack: Attack, checkout: Path, threads: int, repeats: int) -> dict[str, Any]:
-    """Measure both on the peer's own parameters; its clock is its own, from the gradients to the photo."""
-    theirs = [run_peer(checkout, attack, threads) for _ in range(attack.peer_repeats)]
-    leaked = leak(attack, theirs[0]["parameters"])
+    """Measure both in turn on the peer's own parameters; its clock is its own, from the gradients to the photo."""
+    theirs, seconds = [], []
+    for _ in range(attack.peer_repeats):
+        theirs.append(run_peer(checkout, attack, threads))
+        leaked = leak(attack, theirs[0]["parameters"])
+        for _ in range(repeats):
+            start = time.perf_counter()
+            returned = ours(leaked)
+            seconds.append(time.perf_counter() - start)
     if not torch.equal(theirs[0]["original"].reshape(leaked.photo.shape), leaked.photo):
         raise RuntimeError(f"{attack.name}: the peer was given another photo")
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        returned = ours(leaked)
-        seconds.append(time.perf_counter() - start)
     peer_seconds = [t["seconds"] for t in theirs]
     mine, other = statistics.median(seconds), statistics.median(peer_seconds)
     return {
@@ -164,7 +165,7 @@ def main() -> int:
     parser.add_argument("--peer-rrconv", type=Path, required=True, metavar="CHECKOUT")
     parser.add_argument("--filter", default="", help="only attacks whose name contains this text")
     parser.add_argument("--threads", type=int, default=1, help="for both sides")
-    parser.add_argument("--repeats", type=int, default=7, help="of ours; the median counts")
+    parser.add_argument("--repeats", type=int, default=7, help="of ours, after each run of theirs; the medians count")
     parser.add_argument("--out", type=Path, help="write all figures and the machine's facts as JSON")
     arguments = parser.parse_args()
     if not (arguments.peer_rrconv / "main.py").is_file():

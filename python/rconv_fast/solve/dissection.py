@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -22,30 +23,38 @@ from rconv_fast.solve.fronts import CholeskyFronts, Fronts, QrFronts
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """Where a vector in the order of the elimination has the columns of the fronts of one kind.
+class _Level:
+    """Where a vector in the order of the elimination has the columns of all fronts of one height.
 
     Attributes
     ----------
-    first : int
-        The eliminated columns follow one another from here, ...
-    shape : tuple of int
-        ... as an array (m, e, sides): m different fronts, each `sides` times.
-    boundary : Tensor, shape (m * b * sides,)
-        The columns that are eliminated later.
+    shapes : tuple of (m, e, b, sides)
+        For each kind, m different fronts of e eliminated and b later columns, each `sides` times.
+    eliminated : slice
+        The eliminated columns, for each kind an array (m, e, sides).
+    index : Tensor
+        All columns, for each kind an array (m, e + b, sides).
     """
 
-    first: int
-    shape: tuple[int, int, int]
-    boundary: Tensor
+    shapes: tuple[tuple[int, int, int, int], ...]
+    eliminated: slice
+    index: Tensor
+
+    def parts(self, eliminated: Tensor, every: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of both arrays for each kind, (m, e, sides * vectors) and (m, e + b, sides * vectors)."""
+        vectors = math.prod(eliminated.shape[1:])
+        own = eliminated.split([m * e * sides for m, e, _, sides in self.shapes])
+        both = every.split([m * (e + b) * sides for m, e, b, sides in self.shapes])
+        for (m, e, b, sides), o, t in zip(self.shapes, own, both, strict=True):
+            yield o.view(m, e, sides * vectors), t.view(m, e + b, sides * vectors)
 
 
 @dataclass(frozen=True)
 class _Elimination:
-    """The flat input positions ``(c, *i)`` in the order of the elimination, and each kind's columns in it."""
+    """The flat input positions ``(c, *i)`` in the order of the elimination, and each height's columns in it."""
 
     order: Tensor
-    kinds: tuple[_Columns, ...]
+    levels: tuple[_Level, ...]
 
 
 @lru_cache(maxsize=8)
@@ -53,23 +62,27 @@ def _elimination(geometry: ConvGeometry, row_weights: bool, device: torch.device
     """The order of the elimination; `row_weights` as in `DissectionFactor.estimate`."""
     per_group = geometry.in_channels // geometry.groups
     channels = torch.arange(geometry.in_channels).view(geometry.groups, 1, 1, per_group) * geometry.n_input
-    eliminated, boundary = [], []
-    for kind in dissect(geometry):
-        distinct = kind.n_fronts if row_weights else 1
-        columns = channels + torch.from_numpy(kind.positions)[:, :, None]  # (groups, n_fronts, n, channels)
-        columns = columns.view(geometry.groups * distinct, kind.n_fronts // distinct, -1).mT
-        own, later = torch.tensor_split(columns, [kind.n_eliminated * per_group], dim=1)
-        eliminated.append(own)
-        boundary.append(later.flatten())
-    order = torch.cat([own.flatten() for own in eliminated])
+    levels = []
+    for _, kinds in itertools.groupby(dissect(geometry), key=lambda kind: kind.height):
+        shapes, eliminated, every = [], [], []
+        for kind in kinds:
+            distinct = kind.n_fronts if row_weights else 1
+            columns = channels + torch.from_numpy(kind.positions)[:, :, None]  # (groups, n_fronts, n, channels)
+            columns = columns.view(geometry.groups * distinct, kind.n_fronts // distinct, -1).mT
+            e, b = kind.n_eliminated * per_group, kind.n_boundary * per_group
+            shapes.append((len(columns), e, b, columns.shape[2]))
+            eliminated.append(columns[:, :e].flatten())
+            every.append(columns.flatten())
+        levels.append((tuple(shapes), torch.cat(eliminated), torch.cat(every)))
+    order = torch.cat([eliminated for _, eliminated, _ in levels])
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order))
-    firsts = itertools.accumulate((own.numel() for own in eliminated), initial=0)
-    kinds = tuple(
-        _Columns(first, (own.shape[0], own.shape[1], own.shape[2]), place[later].to(device))
-        for first, own, later in zip(firsts, eliminated, boundary, strict=False)
+    ends = list(itertools.accumulate((len(eliminated) for _, eliminated, _ in levels), initial=0))
+    found = tuple(
+        _Level(shapes, slice(first, last), place[every].to(device))
+        for (shapes, _, every), (first, last) in zip(levels, itertools.pairwise(ends), strict=True)
     )
-    return _Elimination(order.to(device), kinds)
+    return _Elimination(order.to(device), found)
 
 
 @dataclass(frozen=True)
@@ -89,7 +102,7 @@ class _FrontSolve:
 
     @classmethod
     def create(cls, r_ee: Tensor, r_eb: Tensor, dtype: torch.dtype) -> _FrontSolve:
-        """From ``R_EE`` (m, e, e), upper triangular, and ``R_EB`` (m, e, b); S in `dtype`."""
+        """From the upper triangle of ``R_EE`` (m, e, e) and ``R_EB`` (m, e, b); S in `dtype`."""
         m, e, b = r_eb.shape
         one = torch.eye(e).to(r_ee).expand(m, e, e)
         inverse = torch.linalg.solve_triangular(r_ee, one, upper=True)
@@ -98,24 +111,20 @@ class _FrontSolve:
         matrix[..., e:] = (inverse @ r_eb).neg_()
         return cls(matrix, r_ee.diagonal(dim1=1, dim2=2).abs())
 
-    def backward(self, x: Tensor, columns: _Columns) -> None:
-        """``x_E = R_EE^-1 (y_E - R_EB x_B)``, in place; x of shape (n,) or (n, vectors)."""
-        own = _own(x, columns)
-        later = x[columns.boundary].view(len(own), -1, own.shape[2])
-        own.copy_(self.matrix @ torch.cat([own, later], dim=1))
 
-    def forward(self, x: Tensor, columns: _Columns) -> None:
-        """``y_E = R_EE^-T x_E``, then ``x_B -= R_EB^T y_E``, in place; x of shape (n,) or (n, vectors)."""
-        own = _own(x, columns)
-        eliminated, later = torch.tensor_split(self.matrix.mT @ own, [own.shape[1]], dim=1)
-        own.copy_(eliminated)
-        x.index_add_(0, columns.boundary, later.reshape(-1, *x.shape[1:]))
+def _backward(x: Tensor, level: _Level, fronts: Sequence[_FrontSolve]) -> None:
+    """``x_E = R_EE^-1 (y_E - R_EB x_B)``, in place; x of shape (n,) or (n, vectors)."""
+    for front, (own, every) in zip(fronts, level.parts(x[level.eliminated], x[level.index]), strict=True):
+        torch.bmm(front.matrix, every, out=own)
 
 
-def _own(x: Tensor, columns: _Columns) -> Tensor:
-    """The eliminated entries of x, as a view (m, e, sides * vectors)."""
-    m, e, sides = columns.shape
-    return x[columns.first : columns.first + m * e * sides].view(m, e, sides * x[:1].numel())
+def _forward(x: Tensor, level: _Level, fronts: Sequence[_FrontSolve]) -> None:
+    """``y_E = R_EE^-T x_E``, then ``x_B -= R_EB^T y_E``, in place; x of shape (n,) or (n, vectors)."""
+    eliminated, changes = x[level.eliminated], x.new_empty(len(level.index), *x.shape[1:])
+    for front, (own, every) in zip(fronts, level.parts(eliminated, changes), strict=True):
+        torch.bmm(front.matrix.mT, own, out=every)
+    eliminated.zero_()
+    x.index_add_(0, level.index, changes)
 
 
 class DissectionFactor:
@@ -224,26 +233,30 @@ class DissectionFactor:
                 f"DissectionFactor: R has rank {self.rank_estimate} of "
                 f"{self._diagonal.numel() - self.n_untouched}; factor with damping > 0"
             )
-        order, kinds = self._elimination.order, self._elimination.kinds
+        order, levels = self._elimination.order, self._elimination.levels
         x = v.reshape(-1, len(order)).mT.to(self._fronts[0].matrix)[order]
         x = x.squeeze(1)  # torch adds to a vector much faster than to a column
-        rows = list(zip(self._fronts, kinds, strict=True))
+        fronts = iter(self._fronts)
+        steps = [(level, list(itertools.islice(fronts, len(level.shapes)))) for level in levels]
         if transposed:
-            for front, columns in rows:
-                front.forward(x, columns)
+            for level, solves in steps:
+                _forward(x, level, solves)
         if plain:
-            for front, columns in reversed(rows):
-                front.backward(x, columns)
+            for level, solves in reversed(steps):
+                _backward(x, level, solves)
         solved = torch.empty_like(x).index_copy_(0, order, x)
         return (solved.mT if solved.ndim == 2 else solved).reshape(v.shape).to(v.dtype)
 
     @cached_property
     def _diagonal(self) -> Tensor:
         """``|diag R|`` of every unknown, pinned ones included."""
-        parts = []
-        for front, columns in zip(self._fronts, self._elimination.kinds, strict=True):
-            parts.append(front.diagonal.unsqueeze(2).expand(columns.shape).flatten())
-        return torch.cat(parts)
+        shapes = itertools.chain.from_iterable(level.shapes for level in self._elimination.levels)
+        return torch.cat(
+            [
+                front.diagonal.unsqueeze(2).expand(m, e, sides).flatten()
+                for front, (m, e, _, sides) in zip(self._fronts, shapes, strict=True)
+            ]
+        )
 
     @cached_property
     def largest(self) -> float:

@@ -61,7 +61,7 @@ class Fronts(ABC):
         Returns
         -------
         r_ee : Tensor, shape (groups, n, e, e)
-            Upper triangular.
+            Its upper triangle.
         r_eb : Tensor, shape (groups, n, e, b)
             Coupling of E to B.
         rest : Tensor, shape (groups, n, b, rows)
@@ -188,18 +188,18 @@ def triangularise(front: Tensor, n_eliminated: int) -> Eliminated:
     """Householder QR of the first columns of transposed fronts (groups, n, columns, rows >= e).
 
     ``Q^T [F_E  F_B] = [[R_EE  R_EB], [0  S]]``; returns ``R_EE``, ``R_EB`` and ``S^T``. S is triangularised
-    too if it has more rows than columns.
+    too if it has more rows than columns. Below the diagonal of ``R_EE`` stands what LAPACK left there.
     """
     e = n_eliminated
     matrix, n_columns = front.mT, front.shape[2]
     if matrix.shape[2] >= n_columns:
-        r = torch.geqrf(matrix)[0][..., :n_columns, :].triu()
-        return r[..., :e, :e].contiguous(), r[..., :e, e:].contiguous(), r[..., e:, e:].mT
+        r = torch.geqrf(matrix)[0]
+        return r[..., :e, :e], r[..., :e, e:], r[..., e:n_columns, e:].triu().mT
     if e == 0:
         return matrix[..., :0, :0], matrix[..., :0, :], front
     reflectors, tau = torch.geqrf(matrix[..., :e])
     rest = torch.ormqr(reflectors, tau, matrix[..., e:], left=True, transpose=True)
-    return reflectors[..., :e, :].triu(), rest[..., :e, :].contiguous(), rest[..., e:, :].mT
+    return reflectors[..., :e, :], rest[..., :e, :], rest[..., e:, :].mT
 
 
 def condense(front: Tensor, n_eliminated: int) -> Eliminated:
