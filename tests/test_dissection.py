@@ -100,9 +100,9 @@ def test_normal_matrix(g: ConvGeometry, weighted: bool, damping: float) -> None:
 def test_halves_of_the_solve(g: ConvGeometry) -> None:
     factor = DissectionFactor.factor(g, random_weight(g))
     v, w = torch.randn(2, g.in_channels * g.n_input, dtype=torch.float64)
-    assert relative(factor.solve_r(factor.solve_rt(v)), factor.solve_normal(v)) < 1e-14
+    assert relative(factor.solve_r(factor.solve_rt(v)).flatten(), factor.solve_normal(v)) < 1e-14
     # <R^-1 v, w> = <v, R^-T w>
-    assert torch.allclose(factor.solve_r(v) @ w, v @ factor.solve_rt(w), rtol=1e-10)
+    assert torch.allclose(factor.solve_r(v).flatten() @ w, v @ factor.solve_rt(w), rtol=1e-10)
 
 
 @pytest.mark.parametrize("g", TALL.values(), ids=TALL.keys())
@@ -147,8 +147,10 @@ def test_many_vectors_at_once(weighted: bool) -> None:
     g = TALL["groups"]
     factor = DissectionFactor.factor(g, random_weight(g), random_rows(g, 1.0) if weighted else None)
     v = torch.randn(5, g.in_channels, *g.input_size, dtype=torch.float64)
-    for solve in (factor.solve_normal, factor.solve_r, factor.solve_rt):
-        assert relative(solve(v), torch.stack([solve(single) for single in v])) < 1e-13
+    y = factor.solve_rt(v)
+    assert relative(y, torch.stack([factor.solve_rt(single) for single in v], dim=1)) < 1e-13
+    assert relative(factor.solve_r(y), torch.stack([factor.solve_r(single) for single in y.unbind(1)])) < 1e-13
+    assert relative(factor.solve_normal(v), factor.solve_r(y)) < 1e-14
 
 
 def test_least_squares_as_lstsq() -> None:

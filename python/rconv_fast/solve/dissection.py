@@ -42,7 +42,7 @@ class _Level:
 
     def parts(self, eliminated: Tensor, every: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of both arrays for each kind, (m, e, sides * vectors) and (m, e + b, sides * vectors)."""
-        vectors = math.prod(eliminated.shape[1:])
+        vectors = eliminated.shape[1]
         own = eliminated.split([m * e * sides for m, e, _, sides in self.shapes])
         both = every.split([m * (e + b) * sides for m, e, b, sides in self.shapes])
         for (m, e, b, sides), o, t in zip(self.shapes, own, both, strict=True):
@@ -113,17 +113,19 @@ class _FrontSolve:
 
 
 def _backward(x: Tensor, level: _Level, fronts: Sequence[_FrontSolve]) -> None:
-    """``x_E = R_EE^-1 (y_E - R_EB x_B)``, in place; x of shape (n,) or (n, vectors)."""
+    """``x_E = R_EE^-1 (y_E - R_EB x_B)``, in place; x (n, vectors)."""
     for front, (own, every) in zip(fronts, level.parts(x[level.eliminated], x[level.index]), strict=True):
         torch.bmm(front.matrix, every, out=own)
 
 
 def _forward(x: Tensor, level: _Level, fronts: Sequence[_FrontSolve]) -> None:
-    """``y_E = R_EE^-T x_E``, then ``x_B -= R_EB^T y_E``, in place; x of shape (n,) or (n, vectors)."""
-    eliminated, changes = x[level.eliminated], x.new_empty(len(level.index), *x.shape[1:])
+    """``y_E = R_EE^-T x_E``, then ``x_B -= R_EB^T y_E``, in place; x (n, vectors)."""
+    eliminated, changes = x[level.eliminated], x.new_empty(len(level.index), x.shape[1])
     for front, (own, every) in zip(fronts, level.parts(eliminated, changes), strict=True):
         torch.bmm(front.matrix.mT, own, out=every)
     eliminated.zero_()
+    if x.shape[1] == 1:  # torch adds to a vector much faster than to a column
+        x, changes = x.squeeze(1), changes.squeeze(1)
     x.index_add_(0, level.index, changes)
 
 
@@ -142,7 +144,7 @@ class DissectionFactor:
 
     Notes
     -----
-    R has the order of the elimination; vectors are given and returned as pictures ``(C, *in)``, one or many.
+    R has the order of the elimination; all other vectors are pictures ``(C, *in)``, one or many.
     Without row weights, fronts that are translates of one another are factored and stored once. A picture of
     n x n positions takes O(n^3) flops and O(n^2 log n) memory. On the GPU, ``solve_*`` adds with atomics, so
     results differ in the last bits between calls.
@@ -216,36 +218,39 @@ class DissectionFactor:
         return cls(g, solves, 0 if damping > 0 else int(untouched.sum()), elimination)
 
     def solve_normal(self, v: Tensor) -> Tensor:
-        """``(R^T R)^-1 v``, v of shape (C, *in) or (n, C, *in); returned in the shape and dtype of v."""
-        return self._solve(v, transposed=True, plain=True)
-
-    def solve_r(self, v: Tensor) -> Tensor:
-        """``R^-1 v``, v of shape (C, *in) or (n, C, *in); returned in the shape and dtype of v."""
-        return self._solve(v, transposed=False, plain=True)
+        """``(R^T R)^-1 v``, v of shape (C, *in) or (vectors, C, *in); returned in the shape and dtype of v."""
+        return self.solve_r(self.solve_rt(v)).reshape(v.shape).to(v.dtype)
 
     def solve_rt(self, v: Tensor) -> Tensor:
-        """``R^-T v``, v of shape (C, *in) or (n, C, *in); returned in the shape and dtype of v."""
-        return self._solve(v, transposed=True, plain=False)
+        """``R^-T v``, v of shape (C, *in) or (vectors, C, *in); returned in R's order, (n,) or (n, vectors)."""
+        self._require_nonsingular()
+        columns = v.reshape(-1, len(self._elimination.order))[:, self._elimination.order]
+        x = columns.to(self._fronts[0].matrix).mT.contiguous()
+        for level, fronts in self._steps:
+            _forward(x, level, fronts)
+        return x if v.ndim > self.geometry.ndim + 1 else x.squeeze(1)
 
-    def _solve(self, v: Tensor, *, transposed: bool, plain: bool) -> Tensor:
+    def solve_r(self, y: Tensor) -> Tensor:
+        """``R^-1 y``, y in R's order, of shape (n,) or (n, vectors); returned as (C, *in) or (vectors, C, *in)."""
+        self._require_nonsingular()
+        x = y.reshape(len(y), -1).clone()
+        for level, fronts in reversed(self._steps):
+            _backward(x, level, fronts)
+        solved = torch.empty_like(x).index_copy_(0, self._elimination.order, x)
+        return solved.mT.reshape(*y.shape[1:], self.geometry.in_channels, *self.geometry.input_size)
+
+    def _require_nonsingular(self) -> None:
         if self.is_singular:
             raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
                 f"DissectionFactor: R has rank {self.rank_estimate} of "
                 f"{self._diagonal.numel() - self.n_untouched}; factor with damping > 0"
             )
-        order, levels = self._elimination.order, self._elimination.levels
-        x = v.reshape(-1, len(order)).mT.to(self._fronts[0].matrix)[order]
-        x = x.squeeze(1)  # torch adds to a vector much faster than to a column
+
+    @cached_property
+    def _steps(self) -> list[tuple[_Level, list[_FrontSolve]]]:
+        """The fronts of each height, leaves first."""
         fronts = iter(self._fronts)
-        steps = [(level, list(itertools.islice(fronts, len(level.shapes)))) for level in levels]
-        if transposed:
-            for level, solves in steps:
-                _forward(x, level, solves)
-        if plain:
-            for level, solves in reversed(steps):
-                _backward(x, level, solves)
-        solved = torch.empty_like(x).index_copy_(0, order, x)
-        return (solved.mT if solved.ndim == 2 else solved).reshape(v.shape).to(v.dtype)
+        return [(level, list(itertools.islice(fronts, len(level.shapes)))) for level in self._elimination.levels]
 
     @cached_property
     def _diagonal(self) -> Tensor:

@@ -82,7 +82,7 @@ def refine(
     inner_dtype : torch.dtype, optional
         Precision of the products inside; the residual is recomputed in the system's own.
     inner_rtol : float
-        Fall of ``||P^-1/2 M^T r||`` after which the residual is recomputed.
+        Fall of ``||P^-1/2 M^T r||`` or of ``||r||`` after which the residual is recomputed.
     rtol : float
         Stop at ``||r|| <= rtol ||rhs||``.
     max_iterations : int
@@ -124,7 +124,7 @@ def refine(
             if look:
                 norm = _norm(r)  # synchronize!
                 vanished = renew = norm <= max(inner_rtol, rtol * scale / size)
-            if vanished:  # no need to know M^T r of a residual that is computed anew
+            if vanished:  # to precondition what will be computed anew is for nothing
                 if progress is not None:
                     progress(iteration, norm * size / scale)
             else:
@@ -190,4 +190,4 @@ def _patience(best: float, best_iteration: int, iteration: int) -> float:
 
 
 def _norm(parts: list[Tensor]) -> float:
-    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))

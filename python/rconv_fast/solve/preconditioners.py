@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,7 @@ MAX_UNDAMPED_CONDITION, DAMPING = 3e5, 1e-10
 class SketchedDissection:
     """``(A^T w^2 A + U^T U)^-1``: weight rows by nested dissection, of the other rows the sketch U, by Woodbury.
 
-    With ``R^T R = A^T w^2 A`` and ``Z = U R^-1`` it is ``R^-1 (I - Z^T (I + Z Z^T)^-1 Z) R^-T``.
+    With ``R^T R = A^T w^2 A`` and ``Z = R^-T U^T`` it is ``R^-1 (I - Z (I + Z^T Z)^-1 Z^T) R^-T``.
 
     Attributes
     ----------
@@ -51,10 +50,10 @@ class SketchedDissection:
         The weight rows and the sketch: the equations that this is the preconditioner of.
     factors : list of DissectionFactor
         R, one a sample, or one for all where all outputs are known.
-    z : Tensor, shape (k, unknowns)
-        Z.
+    z : Tensor, shape (unknowns, k)
+        Z, in the order of the factors.
     core : Tensor, shape (k, k)
-        Cholesky factor of ``I + Z Z^T``.
+        Cholesky factor of ``I + Z^T Z``.
     proven : bool
         Whether the weight rows alone have full rank.
     """
@@ -73,17 +72,20 @@ class SketchedDissection:
         sketch = SketchRows.create(others, system.shape, rows.rhs)
         try:
             factors, proven = _factor(rows)
-            z = _each_sample(factors, DissectionFactor.solve_rt, sketch.matrix).flatten(1)
-            core = torch.linalg.cholesky(torch.eye(len(z)).to(z) + z @ z.mT)
+            z = _solve_rt(factors, sketch.matrix)
+            core = torch.linalg.cholesky(torch.eye(z.shape[1]).to(z) + z.mT @ z)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # public, missing in torch's stubs
             return None
         return cls(System(system.shape, (sketch, rows)), factors, z, core, proven)
 
     def __call__(self, v: Tensor) -> Tensor:
         """Apply the inverse to v, (B, C, *in)."""
-        y = _each_sample(self.factors, DissectionFactor.solve_rt, v.unsqueeze(0)).flatten()
-        y = y - torch.cholesky_solve((self.z @ y).unsqueeze(1), self.core).squeeze(1) @ self.z
-        return _each_sample(self.factors, DissectionFactor.solve_r, y.view(1, *v.shape)).squeeze(0)
+        y = _solve_rt(self.factors, v.unsqueeze(0))
+        y = y - self.z @ torch.cholesky_solve(self.z.mT @ y, self.core)
+        if len(self.factors) == 1:
+            return self.factors[0].solve_r(y.view(-1, len(v)))
+        parts = y.view(len(v), -1)
+        return torch.stack([factor.solve_r(part) for factor, part in zip(self.factors, parts, strict=True)])
 
 
 def _factor(rows: WeightRows) -> tuple[list[DissectionFactor], bool]:
@@ -100,15 +102,12 @@ def _factor(rows: WeightRows) -> tuple[list[DissectionFactor], bool]:
     return [DissectionFactor.factor(geometry, weight, mask, damping=damping) for mask in masks], False
 
 
-def _each_sample(
-    factors: list[DissectionFactor], solve: Callable[[DissectionFactor, Tensor], Tensor], v: Tensor
-) -> Tensor:
-    """Solve with each sample's factor; v of shape (n, B, C, *in), where n may be 0."""
-    if not len(v):
-        return v
-    if len(factors) == 1:
-        return solve(factors[0], v.flatten(0, 1)).view(v.shape)
-    return torch.stack([solve(f, part) for f, part in zip(factors, v.unbind(1), strict=True)], dim=1)
+def _solve_rt(factors: list[DissectionFactor], v: Tensor) -> Tensor:
+    """``R^-T`` of v (k, B, C, *in), as (unknowns, k): sample by sample, or together where they share their factor."""
+    if len(factors) > 1:
+        return torch.cat([factor.solve_rt(part) for factor, part in zip(factors, v.unbind(1), strict=True)])
+    y = factors[0].solve_rt(v.flatten(0, 1))
+    return y.view(len(y), *v.shape[:2]).transpose(1, 2).flatten(0, 1)
 
 
 def gradient_blocks(system: System) -> list[GradientRows]:

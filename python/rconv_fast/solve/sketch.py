@@ -39,10 +39,10 @@ class SketchRows:
         matrix, rhs = like.new_zeros(size, *shape), like.new_zeros(size)
         step = max(1, min(MAX_TOGETHER, UNKNOWNS_TOGETHER // math.prod(shape)))
         for block in blocks:
-            for part in torch.arange(size).split(step):
-                s = torch.randn(len(part), *block.rhs.shape, generator=generator).to(like) / math.sqrt(size)
-                matrix[part] += _adjoints(block, s)
-                rhs[part] += s.flatten(1) @ block.rhs.flatten()
+            for u, b in zip(matrix.split(step), rhs.split(step), strict=True):
+                s = torch.randn(len(b), *block.rhs.shape, generator=generator).to(like) / math.sqrt(size)
+                u += _adjoints(block, s)
+                b += s.flatten(1) @ block.rhs.flatten()
         return cls(matrix, rhs)
 
     @property
