@@ -56,6 +56,11 @@ class _Elimination:
     order: Tensor
     levels: tuple[_Level, ...]
 
+    @property
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        """(m, e, b, sides) of every kind of front."""
+        return [shape for level in self.levels for shape in level.shapes]
+
 
 @lru_cache(maxsize=8)
 def _elimination(geometry: ConvGeometry, row_weights: bool, device: torch.device) -> _Elimination:
@@ -101,12 +106,10 @@ class _FrontSolve:
     diagonal: Tensor
 
     @classmethod
-    def create(cls, r_ee: Tensor, r_eb: Tensor, dtype: torch.dtype) -> _FrontSolve:
-        """From the upper triangle of ``R_EE`` (m, e, e) and ``R_EB`` (m, e, b); S in `dtype`."""
-        m, e, b = r_eb.shape
-        one = torch.eye(e).to(r_ee).expand(m, e, e)
-        inverse = torch.linalg.solve_triangular(r_ee, one, upper=True)
-        matrix = r_ee.new_empty(m, e, e + b, dtype=dtype)
+    def create(cls, r_ee: Tensor, r_eb: Tensor, matrix: Tensor) -> _FrontSolve:
+        """From the upper triangle of ``R_EE`` (m, e, e) and ``R_EB`` (m, e, b); S is written into `matrix`."""
+        e = r_ee.shape[1]
+        inverse = torch.linalg.solve_triangular(r_ee, torch.eye(e).to(r_ee).expand_as(r_ee), upper=True)
         matrix[..., :e] = inverse
         matrix[..., e:] = (inverse @ r_eb).neg_()
         return cls(matrix, r_ee.diagonal(dim1=1, dim2=2).abs())
@@ -214,7 +217,10 @@ class DissectionFactor:
         else:
             fronts = QrFronts(g, weight, row_weights, untouched * scale if untouched.any() else None)
         elimination = _elimination(g, row_weights is not None, weight.device)
-        solves = _factor_all(g, fronts, solve_dtype)
+        sizes = [m * e * (e + b) for m, e, b, _ in elimination.shapes]
+        memory = weight.new_empty(sum(sizes), dtype=solve_dtype).split(sizes)
+        matrices = [part.view(m, e, e + b) for part, (m, e, b, _) in zip(memory, elimination.shapes, strict=True)]
+        solves = _factor_all(g, fronts, matrices)
         return cls(g, solves, 0 if damping > 0 else int(untouched.sum()), elimination)
 
     def solve_normal(self, v: Tensor) -> Tensor:
@@ -255,11 +261,10 @@ class DissectionFactor:
     @cached_property
     def _diagonal(self) -> Tensor:
         """``|diag R|`` of every unknown, pinned ones included."""
-        shapes = itertools.chain.from_iterable(level.shapes for level in self._elimination.levels)
         return torch.cat(
             [
                 front.diagonal.unsqueeze(2).expand(m, e, sides).flatten()
-                for front, (m, e, _, sides) in zip(self._fronts, shapes, strict=True)
+                for front, (m, e, _, sides) in zip(self._fronts, self._elimination.shapes, strict=True)
             ]
         )
 
@@ -342,13 +347,13 @@ def _untouched(geometry: ConvGeometry, weight: Tensor, row_weights: Tensor | Non
     return (squares == 0).reshape(g.groups, -1, g.n_input).mT, squares.max().sqrt()
 
 
-def _factor_all(geometry: ConvGeometry, fronts: Fronts, dtype: torch.dtype) -> list[_FrontSolve]:
+def _factor_all(geometry: ConvGeometry, fronts: Fronts, matrices: list[Tensor]) -> list[_FrontSolve]:
     """Factor from the leaves to the root; what a front leaves is freed once its last parent took it."""
     kinds = dissect(geometry)
     last_use = {child: kind for kind in kinds for _, child in kind.children}
     left: dict[FrontKind, Tensor] = {}
     factored = []
-    for kind in kinds:
+    for kind, matrix in zip(kinds, matrices, strict=True):
         inherited = [
             left[child] if fronts.row_weights is None else left[child][:, first : first + kind.n_fronts]
             for (_, child), first in zip(kind.children, kind.child_offsets, strict=True)
@@ -356,5 +361,5 @@ def _factor_all(geometry: ConvGeometry, fronts: Fronts, dtype: torch.dtype) -> l
         r_ee, r_eb, left[kind] = fronts.factor(kind, inherited)
         for child in {child for _, child in kind.children if last_use[child] is kind}:
             del left[child]
-        factored.append(_FrontSolve.create(r_ee.flatten(0, 1), r_eb.flatten(0, 1), dtype))
+        factored.append(_FrontSolve.create(r_ee.flatten(0, 1), r_eb.flatten(0, 1), matrix))
     return factored
