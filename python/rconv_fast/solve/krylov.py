@@ -158,8 +158,7 @@ def refine(
                 last_size, size = size, _norm(residual)
                 step.zero_()
                 if size <= rtol * scale or (vanished and size > STALL * last_size):
-                    converged = True
-                    break
+                    return KrylovResult(x, iteration, size / scale, True)
                 factor, last = last_size / size, reference * last_size
                 r = [(part / size).to(dtype) for part in residual]
                 p, previous = p * factor, previous * factor**2
@@ -168,8 +167,7 @@ def refine(
                 gamma = torch.sum(s * z)
                 reference = math.sqrt(max(float(gamma), 0.0))
                 if reference <= floor or (not vanished and reference * size > STALL * last):
-                    converged = True
-                    break
+                    return KrylovResult(x, iteration, size / scale, True)
             p = torch.addcmul(z, p, gamma / previous)
     except KeyboardInterrupt:
         raise InterruptedSolve(x + step.to(x.dtype) * size) from None
