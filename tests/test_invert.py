@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks import Attack, assert_recovered, attack, gradients_of, photo, some_labels
-from rconv_fast import Inversion, RconvError, UnsupportedModelError, invert, models
+from rconv_fast import Inversion, RconvError, UnsupportedModelError, invert, models, walk
 from rconv_fast.errors import ArgumentError, ArgumentTypeError
 from rconv_fast.graph import build_graph
 from rconv_fast.heads import head_candidates
@@ -250,6 +250,18 @@ def test_a_reading_of_the_head_that_a_relu_cannot_put_out_is_dropped() -> None:
     assert len(features) == 2  # of four: the logit has two values for each sign
     assert all(bool((value >= 0).all()) for value in features)
     assert any(torch.allclose(value, model[:3](X), atol=1e-12) for value in features)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_wrong_threshold_shows_in_the_residual_and_another_is_tried(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without biases, nothing but the next layer's residual tells a small activation from a zero."""
+    monkeypatch.setattr(walk, "THRESHOLD_FACTOR", 1e12)  # takes activations below 0.1% of the largest for zeros
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(3, 48, 5, 2, 2, bias=False), nn.ReLU(), nn.Conv2d(48, 32, 3, 1, 1, bias=False))
+    model.extend([nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 10)])
+    assert_recovered(model, X, psnr=200)
 
 
 def test_a_sequence_in_parameter_order_is_a_mapping() -> None:

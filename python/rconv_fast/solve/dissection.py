@@ -109,7 +109,8 @@ class _FrontSolve:
     def create(cls, r_ee: Tensor, r_eb: Tensor, matrix: Tensor) -> _FrontSolve:
         """From the upper triangle of ``R_EE`` (m, e, e) and ``R_EB`` (m, e, b); S is written into `matrix`."""
         e = r_ee.shape[1]
-        inverse = torch.linalg.solve_triangular(r_ee, torch.eye(e).to(r_ee).expand_as(r_ee), upper=True)
+        one = torch.eye(e, dtype=r_ee.dtype, device=r_ee.device).expand_as(r_ee)
+        inverse = torch.linalg.solve_triangular(r_ee, one, upper=True)
         matrix[..., :e] = inverse
         matrix[..., e:] = (inverse @ r_eb).neg_()
         return cls(matrix, r_ee.diagonal(dim1=1, dim2=2).abs())

@@ -78,7 +78,7 @@ def phase_gram(geometry: ConvGeometry, phase: Phase, h: Tensor) -> Tensor:
     everything: Window = (slice(None),)
     for window in tap_windows(geometry, phase):
         i, u = everything + window.positions, everything + window.outputs
-        gram[i + i] += h[u + u]
+        gram[i + i].add_(h[u + u])
     n = math.prod(size)
     return gram.reshape(n, n)
 

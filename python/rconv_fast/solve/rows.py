@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -76,12 +77,12 @@ class GradientRows:
             grad_weight * scale.reshape(-1, 1, *spatial),
         )
 
-    @property
+    @cached_property
     def live_filters(self) -> Tensor:
         """Which filters have a gradient at all, (F,) bool."""
         return self.grad_output.transpose(0, 1).flatten(1).any(dim=1)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Rows of the live filters, for all channels."""
         return int(self.live_filters.sum()) * self.geometry.n_taps * self.geometry.in_channels // self.geometry.groups
@@ -134,13 +135,13 @@ class WeightRows:
         rhs = torch.where(row_weight > 0, output, 0.0) * row_weight
         return cls(geometry, weight, row_weight, rhs)
 
-    @property
+    @cached_property
     def uniform(self) -> bool:
         """Whether all outputs are known and count the same, so that all samples share one matrix."""
         first = self.row_weight.flatten()[0]
         return bool(first > 0) and bool((self.row_weight == first).all())
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Known outputs."""
         return int((self.row_weight > 0).sum())
@@ -183,7 +184,7 @@ class PointRows:
         """`value` is read only where `row_weight` is positive."""
         return cls(row_weight, torch.where(row_weight > 0, value, 0.0) * row_weight)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Known values."""
         return int((self.row_weight > 0).sum())
@@ -225,7 +226,7 @@ class MapRows:
         """Rows ``w forward(x) = w value`` for x of the given shape."""
         return cls(forward, shape, row_weight, torch.where(row_weight > 0, value, 0.0) * row_weight)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Known outputs of the map."""
         return int((self.row_weight > 0).sum())
