@@ -82,7 +82,7 @@ def refine(
     inner_dtype : torch.dtype, optional
         Precision of the products inside; the residual is recomputed in the system's own.
     inner_rtol : float
-        Fall of ``||P^-1/2 M^T r||`` or of ``||r||`` after which the residual is recomputed.
+        Fall of ``||P^-1/2 M^T r||`` after which the residual is recomputed.
     rtol : float
         Stop at ``||r|| <= rtol ||rhs||``.
     max_iterations : int
@@ -115,26 +115,17 @@ def refine(
     try:
         while iteration < max_iterations:
             iteration += 1
-            look = iteration % every == 0 or iteration == max_iterations
             q = inner.apply(p)
             alpha = gamma / sum(torch.sum(part * part) for part in q)
             step.addcmul_(p, alpha)
             r = [ri.addcmul(qi, alpha, value=-1) for ri, qi in zip(r, q, strict=True)]
-            previous, renew, vanished = gamma, False, False
-            if look:
-                norm = _norm(r)  # synchronize!
-                vanished = renew = norm <= max(inner_rtol, rtol * scale / size)
-            if vanished:  # to precondition what will be computed anew is for nothing
-                if progress is not None:
-                    progress(iteration, norm * size / scale)
-            else:
-                s = inner.adjoint(r)
-                z = preconditioner(s)
-                gamma = torch.sum(s * z)
-                if accept is not None and iteration % accept_every == 0 and accept(x + step.to(x.dtype) * size):
-                    converged = True
-                    break
-            if look and not vanished:
+            s = inner.adjoint(r)
+            z = preconditioner(s)
+            gamma, previous = torch.sum(s * z), gamma
+            if accept is not None and iteration % accept_every == 0 and accept(x + step.to(x.dtype) * size):
+                converged = True
+                break
+            if iteration % every == 0 or iteration == max_iterations:
                 now = math.sqrt(max(float(gamma), 0.0))  # synchronize!
                 relative = now / start * size / scale
                 if progress is not None:
@@ -147,27 +138,26 @@ def refine(
                 if renewed_once and fast and relative < ROUNDING_UNITS * torch.finfo(x.dtype).eps:
                     converged = True
                     break
-                renew = now <= max(inner_rtol * reference, floor)
-                if not renew and iteration - best_iteration > _patience(best, best_iteration, iteration):
+                if now <= max(inner_rtol * reference, floor):
+                    renewed_once = True
+                    x = x + step.to(x.dtype) * size
+                    residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
+                    renewed, last = _norm(residual), reference * size
+                    factor, size = size / renewed if renewed > 0 else 0.0, renewed
+                    step.zero_()
+                    if size <= rtol * scale:
+                        return KrylovResult(x, iteration, size / scale, True)
+                    r = [(part / size).to(dtype) for part in residual]
+                    p, previous = p * factor, previous * factor**2
+                    s = inner.adjoint(r)
+                    z = preconditioner(s)
+                    gamma = torch.sum(s * z)
+                    reference = math.sqrt(max(float(gamma), 0.0))
+                    if reference <= floor or reference * size > STALL * last:
+                        return KrylovResult(x, iteration, size / scale, True)
+                elif iteration - best_iteration > _patience(best, best_iteration, iteration):
                     converged = best < DEEP
                     break
-            if renew:
-                renewed_once = True
-                x = x + step.to(x.dtype) * size
-                residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
-                last_size, size = size, _norm(residual)
-                step.zero_()
-                if size <= rtol * scale or (vanished and size > STALL * last_size):
-                    return KrylovResult(x, iteration, size / scale, True)
-                factor, last = last_size / size, reference * last_size
-                r = [(part / size).to(dtype) for part in residual]
-                p, previous = p * factor, previous * factor**2
-                s = inner.adjoint(r)
-                z = preconditioner(s)
-                gamma = torch.sum(s * z)
-                reference = math.sqrt(max(float(gamma), 0.0))
-                if reference <= floor or (not vanished and reference * size > STALL * last):
-                    return KrylovResult(x, iteration, size / scale, True)
             p = torch.addcmul(z, p, gamma / previous)
     except KeyboardInterrupt:
         raise InterruptedSolve(x + step.to(x.dtype) * size) from None
