@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,8 @@ def phase_cholesky(system: System, dtype: torch.dtype) -> Preconditioner | None:
 # Up to this (a lower bound of the) condition number a float32 factor is nonsingular beyond doubt and preconditions
 # well; above, the nearly null directions are damped at this share of the columns' squares and left to the sketch.
 MAX_UNDAMPED_CONDITION, DAMPING = 3e5, 1e-10
+# Rows of the sketch that are solved with at once: each needs several times its own memory meanwhile.
+TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ class SketchedDissection:
         sketch = SketchRows.create(others, system.shape, rows.rhs)
         try:
             factors, proven = _factor(rows)
-            z = _solve_rt(factors, sketch.matrix)
+            z = sketch.matrix.new_empty(math.prod(system.shape), sketch.count)
+            for rows_of_u, columns_of_z in zip(sketch.matrix.split(TOGETHER), z.split(TOGETHER, dim=1), strict=True):
+                columns_of_z.copy_(_solve_rt(factors, rows_of_u))
             core = torch.linalg.cholesky(torch.eye(z.shape[1]).to(z) + z.mT @ z)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # public, missing in torch's stubs
             return None
