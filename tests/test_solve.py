@@ -345,6 +345,21 @@ def test_a_map_that_holds_parameters_gives_rows_without_a_graph() -> None:
         assert not part.requires_grad
 
 
+def test_a_map_that_holds_parameters_keeps_their_dtype_in_a_mixed_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hybrid, "MIXED_PRECISION_UNKNOWNS", 0)
+    layer = torch.nn.Linear(12, 40).double()
+    x = torch.randn(1, 12, 1, **DOUBLE)
+    rows = MapRows.create(
+        lambda x: layer(x.flatten(1)) - layer.bias,
+        x.shape,
+        (layer(x.flatten(1)) - layer.bias).detach(),
+        torch.ones(1, 40, **DOUBLE),
+    )
+    found = solve(System(x.shape, (rows,)), solver="hybrid")
+    assert found.solver == "cgls+jacobi+float32"
+    assert float((found.x - x).abs().max()) < 1e-12
+
+
 def test_known_zeros_leave_fewer_unknowns() -> None:
     """The support of a ReLU output: the equations suffice for the values that are not zero, only for them."""
     case = Case(make((4, 4), (6, 6), 3, stride=2, padding=1))

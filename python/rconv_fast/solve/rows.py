@@ -254,8 +254,11 @@ class MapRows:
         return replace(self, row_weight=self.row_weight * factor, rhs=self.rhs * factor)
 
     def to(self, dtype: torch.dtype) -> MapRows:
-        """The block in another dtype."""
-        return replace(self, row_weight=self.row_weight.to(dtype), rhs=self.rhs.to(dtype))
+        """The block in another dtype; the map, which may hold parameters, is computed in its own."""
+        own = self.rhs.dtype
+        return MapRows(
+            lambda x: self.forward(x.to(own)).to(dtype), self.shape, self.row_weight.to(dtype), self.rhs.to(dtype)
+        )
 
 
 @dataclass(frozen=True)
