@@ -136,16 +136,17 @@ def run_peer(checkout: Path, attack: Attack, threads: int) -> dict[str, Any]:
 
 def side_by_side(attack: Attack, checkout: Path, threads: int, repeats: int) -> dict[str, Any]:
     """Measure both in turn on the peer's own parameters; its clock is its own, from the gradients to the photo."""
-    theirs, seconds = [], []
-    for _ in range(attack.peer_repeats):
-        theirs.append(run_peer(checkout, attack, threads))
-        leaked = leak(attack, theirs[0]["parameters"])
+    theirs, seconds = [run_peer(checkout, attack, threads)], []
+    leaked = leak(attack, theirs[0]["parameters"])
+    if not torch.equal(theirs[0]["original"].reshape(leaked.photo.shape), leaked.photo):
+        raise RuntimeError(f"{attack.name}: the peer was given another photo")
+    for turn in range(attack.peer_repeats):
+        if turn:
+            theirs.append(run_peer(checkout, attack, threads))
         for _ in range(repeats):
             start = time.perf_counter()
             returned = ours(leaked)
             seconds.append(time.perf_counter() - start)
-    if not torch.equal(theirs[0]["original"].reshape(leaked.photo.shape), leaked.photo):
-        raise RuntimeError(f"{attack.name}: the peer was given another photo")
     peer_seconds = [t["seconds"] for t in theirs]
     mine, other = statistics.median(seconds), statistics.median(peer_seconds)
     return {

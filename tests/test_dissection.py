@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rconv_fast.errors import ArgumentError
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve import dissection_tree, fronts
+from rconv_fast.solve import dissection, dissection_tree, fronts
 from rconv_fast.solve.dissection import DissectionFactor
 
 
@@ -58,14 +58,19 @@ def relative(x: Tensor, reference: Tensor) -> float:
     return float((x - reference).norm() / reference.norm())
 
 
+def _forget_trees() -> None:
+    dissection_tree.dissect.cache_clear()
+    dissection._elimination.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small pictures often enough to have a tree."""
     torch.manual_seed(0)
     monkeypatch.setattr(dissection_tree, "LEAF_UNKNOWNS", 20)
-    dissection_tree.dissect.cache_clear()
+    _forget_trees()
     yield
-    dissection_tree.dissect.cache_clear()
+    _forget_trees()
 
 
 @pytest.mark.parametrize("g", (TALL | GAPPED).values(), ids=(TALL | GAPPED).keys())

@@ -11,7 +11,7 @@ from torch import Tensor
 from layers import random_grad_output, random_input, random_weight
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.operators import apply_gradient, apply_weight
-from rconv_fast.solve import GradientRows, PointRows, System, WeightRows, hybrid, solve
+from rconv_fast.solve import GradientRows, PointRows, System, WeightRows, hybrid, preconditioners, solve
 from rconv_fast.solve.preconditioners import SketchedDissection
 from rconv_fast.solve.sketch import SketchRows, sketch_size
 from rconv_fast.testing import geometry as make
@@ -81,6 +81,15 @@ def test_the_preconditioner_inverts_its_system(g: ConvGeometry, share: float) ->
     v = torch.randn(system.shape, **DOUBLE)
     product = preconditioner((matrix.T @ (matrix @ v.flatten())).reshape(v.shape))
     assert float((product - v).norm() / v.norm()) < 0.1, "float32 factors, damping and one application"
+
+
+def test_a_sketch_solved_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, gradient, outputs = rows_of(GEOMETRIES["square 5x5 stride 2"], 2)
+    system = hybrid.balance(System(torch.Size((2, 3, 12, 12)), (gradient, outputs)), 1.0)
+    whole = SketchedDissection.create(system).z
+    monkeypatch.setattr(preconditioners, "TOGETHER", 5)
+    assert whole.shape == (864, 42)
+    assert torch.allclose(SketchedDissection.create(system).z, whole, rtol=1e-10, atol=1e-12)
 
 
 def test_weight_rows_that_are_singular_are_completed_by_the_sketch() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# what torch's own factorisations raise: public, missing in its stubs
+from torch.linalg import LinAlgError as LinAlgError  # type: ignore[attr-defined]
+
 
 class RconvError(Exception):
     """Base class of every error this package raises on purpose."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rconv_fast.errors import UnsupportedModelError
+from rconv_fast.layers.activation import Activation
 from rconv_fast.layers.build import CONVOLUTIONS, Call, conv_rule, function_rule, module_rule, split_padding
-from rconv_fast.layers.rules import RearrangeRule, Rule, UnsupportedRule
+from rconv_fast.layers.rules import ActivationRule, RearrangeRule, Rule, UnsupportedRule
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,20 @@ class Graph:
         self.consumers[step.name] = []
         for operand, name in enumerate(step.inputs):
             self.consumers[name].append((step.name, operand))
+
+    def activations(self, name: str) -> list[Activation] | None:
+        """The activations whose outputs, moved about, a step's values are; None if they are something else."""
+        rule, found = self.steps[name].rule, []
+        if isinstance(rule, ActivationRule):
+            return [rule.activation]
+        if not isinstance(rule, RearrangeRule):
+            return None
+        for operand in self.steps[name].inputs:
+            behind = self.activations(operand)
+            if behind is None:
+                return None
+            found += behind
+        return found
 
 
 @dataclass(frozen=True)

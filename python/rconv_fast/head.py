@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rconv_fast.errors import require, require_type
 from rconv_fast.head_roots import targets_of
-from rconv_fast.head_search import CERTIFICATE_LIMIT, SAFETY, WHOLE, Found, Head, factorise, search, truncate
+from rconv_fast.head_search import CERTIFICATE_LIMIT, SAFETY, WHOLE, Found, HeadProblem, factorise, search, truncate
 
 # ``q_a^T p_b`` of a complete separation is 0 or 1 this closely, or as closely as the noise allows.
 _PAIRING = 1e-8
@@ -270,7 +270,7 @@ def _checked_head(
     label_smoothing: float,
     reduction: str,
     seed: int,
-) -> tuple[Head, Tensor | None]:
+) -> tuple[HeadProblem, Tensor | None]:
     check_head_gradients(function, grad_weight, grad_bias, weight)
     n = grad_weight.shape[0]
     require(n >= 2, function, "grad_weight", "have at least 2 rows (classes)", n)
@@ -290,7 +290,7 @@ def _checked_head(
         fits = batch_size is None or len(given) == batch_size
         require(fits, function, "labels", f"have batch_size = {batch_size} entries", len(given))
     zero = weight.new_zeros(n) if bias is None else bias.detach()
-    head = Head(
+    head = HeadProblem(
         grad_weight=grad_weight.detach().double(),
         grad_bias=None if grad_bias is None else grad_bias.detach().double(),
         weight=weight.detach().double(),
@@ -303,7 +303,7 @@ def _checked_head(
     return head, given
 
 
-def _single_sample(head: Head, batch_size: int | None, given: Tensor | None) -> HeadSeparation | None:
+def _single_sample(head: HeadProblem, batch_size: int | None, given: Tensor | None) -> HeadSeparation | None:
     """One sample and a bias: ``delta = db``, ``x = dW^T db / |db|^2``, ``e_y = softmax(W x + c) - delta``."""
     expected = batch_size if given is None else len(given)
     if head.grad_bias is None or expected not in (None, 1):
@@ -331,7 +331,7 @@ def _single_sample(head: Head, batch_size: int | None, given: Tensor | None) -> 
     )  # fmt: skip
 
 
-def _separate(head: Head, batch_size: int | None, given: Tensor | None) -> HeadSeparation:
+def _separate(head: HeadProblem, batch_size: int | None, given: Tensor | None) -> HeadSeparation:
     spectrum = factorise(head)
     rank = numerical_rank(spectrum, tuple(head.grad_weight.shape), head.rounding)  # type: ignore[arg-type]
     expected = batch_size if given is None else len(given)
@@ -364,7 +364,7 @@ def _batch_size_of(found: Found, reduction: str) -> int | None:
     return None
 
 
-def _assemble(head: Head, found: Found) -> HeadSeparation:
+def _assemble(head: HeadProblem, found: Found) -> HeadSeparation:
     factors, rank, m = head.factors, head.factors.rank, len(found)
     x = found.x[:, : head.grad_weight.shape[1]]
     left = (head.grad_weight - found.delta.mT @ x).norm() / head.grad_weight.norm()
@@ -390,7 +390,7 @@ def _assemble(head: Head, found: Found) -> HeadSeparation:
     )
 
 
-def _reason(head: Head, found: Found) -> str:
+def _reason(head: HeadProblem, found: Found) -> str:
     rank, n = head.factors.rank, head.factors.n_classes
     if head.batch_size > rank:
         return (

@@ -48,7 +48,7 @@ _JOINT_SPREADS = (0.3, 1.0, 0.1, 2.0)
 
 
 @dataclass
-class Head:
+class HeadProblem:
     """The arguments of one separation in float64, and what has been found so far."""
 
     grad_weight: Tensor
@@ -105,7 +105,7 @@ class Found:
         return Found(*(torch.cat([a, getattr(other, n)]) for n, a in vars(self).items()))
 
 
-def factorise(head: Head) -> Tensor:
+def factorise(head: HeadProblem) -> Tensor:
     """Set the full factors ``[dW, kappa db] = U S V^T`` and return the singular values."""
     if head.grad_bias is None:
         matrix, weight, offset, kappa = head.grad_weight, head.weight, head.bias, None
@@ -119,7 +119,7 @@ def factorise(head: Head) -> Tensor:
     return head.factors.s
 
 
-def truncate(head: Head, spectrum: Tensor, rank: int) -> None:
+def truncate(head: HeadProblem, spectrum: Tensor, rank: int) -> None:
     """Keep `rank` singular values; the others measure the noise."""
     full = head.factors
     tail = float(spectrum[rank]) if rank < len(spectrum) else 0.0
@@ -131,7 +131,7 @@ def truncate(head: Head, spectrum: Tensor, rank: int) -> None:
     head.system = RootSystem.build(head.factors)
 
 
-def _limits(head: Head, factors: HeadFactors, roots: Roots) -> tuple[Tensor, Tensor]:
+def _limits(head: HeadProblem, factors: HeadFactors, roots: Roots) -> tuple[Tensor, Tensor]:
     """What the noise explains of ``off_span`` and of ``pairing - 1``, to first order.
 
     With ``dW + E``: ``|(I - UU^T) delta| <= |E| |S^-1 q|`` and ``|q^T p - 1| <= |E| |p| |S^-1 q|``; and the
@@ -144,7 +144,7 @@ def _limits(head: Head, factors: HeadFactors, roots: Roots) -> tuple[Tensor, Ten
     return off_span, pairing
 
 
-def _certified(head: Head, factors: HeadFactors, roots: Roots, paired: bool) -> tuple[Tensor, Tensor]:
+def _certified(head: HeadProblem, factors: HeadFactors, roots: Roots, paired: bool) -> tuple[Tensor, Tensor]:
     """Which roots are samples, and their relative residuals."""
     off_span, pairing = _limits(head, factors, roots)
     good = (roots.off_span <= off_span) & (off_span <= CERTIFICATE_LIMIT)
@@ -180,7 +180,7 @@ def _class_order(factors: HeadFactors, rest: Tensor | None) -> Tensor:
     return score.argsort(descending=True)
 
 
-def search(head: Head, given: Tensor | None) -> Found:
+def search(head: HeadProblem, given: Tensor | None) -> Found:
     """Individual roots with deflation, then the joint solve for what is left."""
     found = Found.none(head.factors)
     rank = head.factors.rank
@@ -192,7 +192,7 @@ def search(head: Head, given: Tensor | None) -> Found:
     return found
 
 
-def _deflated(head: Head, found: Found) -> HeadFactors:
+def _deflated(head: HeadProblem, found: Found) -> HeadFactors:
     if len(found) == 0:
         return head.factors
     p = found.x @ head.factors.vh.mT / head.factors.s
@@ -211,7 +211,7 @@ def _remaining(given: Tensor, found: Found, weight: float) -> Tensor:
     return torch.tensor(left, dtype=torch.int64, device=given.device)
 
 
-def _search_roots(head: Head, given: Tensor | None) -> Found:
+def _search_roots(head: HeadProblem, given: Tensor | None) -> Found:
     """Rounds of individual roots: few classes and starts first, more of both when nothing is found."""
     found = Found.none(head.factors)
     rank, n = head.factors.rank, head.factors.n_classes
@@ -239,7 +239,7 @@ def _search_roots(head: Head, given: Tensor | None) -> Found:
     return found
 
 
-def _round(head: Head, factors: HeadFactors, classes: Tensor, starts: int, first: bool, paired: bool) -> Found:
+def _round(head: HeadProblem, factors: HeadFactors, classes: Tensor, starts: int, first: bool, paired: bool) -> Found:
     """Try every class from several starts; polish and certify what comes close to a root."""
     system = RootSystem.build(factors)
     tried = classes.repeat_interleave(starts)
@@ -265,7 +265,7 @@ def _centred_logits(factors: HeadFactors, p: Tensor) -> Tensor:
     return p @ (slope - slope.mean(0)).mT + factors.offset - factors.offset.mean()
 
 
-def _refined(head: Head, x: Tensor, labels: Tensor, paired: bool) -> Found:
+def _refined(head: HeadProblem, x: Tensor, labels: Tensor, paired: bool) -> Found:
     """Polish candidates on the whole gradient, where no error of a subtraction is left, and certify them there."""
     factors = head.factors
     system = head.system
@@ -314,7 +314,7 @@ def _collect(
     )
 
 
-def _search_joint(head: Head, given: Tensor | None, found: Found) -> Found | None:
+def _search_joint(head: HeadProblem, given: Tensor | None, found: Found) -> Found | None:
     """Solve for all remaining samples together; None unless every one is found."""
     factors = _deflated(head, found)
     r, n = factors.rank, factors.n_classes
@@ -338,7 +338,7 @@ def _search_joint(head: Head, given: Tensor | None, found: Found) -> Found | Non
     return None
 
 
-def _fits_smaller_weight(head: Head, system: RootSystem, solution: JointSolution, best: int) -> bool:
+def _fits_smaller_weight(head: HeadProblem, system: RootSystem, solution: JointSolution, best: int) -> bool:
     """Whether ``w = 1/(B+1)`` explains the gradient just as well: then neither B nor the samples are proved."""
     weight = 1.0 / (head.batch_size + 1)
     start = torch.linalg.lstsq(system.t, (solution.p[best] - system.p0).mT).solution.mT
@@ -346,7 +346,7 @@ def _fits_smaller_weight(head: Head, system: RootSystem, solution: JointSolution
     return bool(other.cost[0] <= max(1e-6, 10 * float(solution.cost[best])))
 
 
-def _joint_samples(head: Head, factors: HeadFactors, p: Tensor, labels: Tensor) -> Found | None:
+def _joint_samples(head: HeadProblem, factors: HeadFactors, p: Tensor, labels: Tensor) -> Found | None:
     """Certify a joint solution: every sample's own equations, and ``q_a^T p_b = 0`` between samples."""
     slope = factors.weight @ (factors.vh.mT * factors.s)
     logits = p @ slope.mT + factors.offset
@@ -366,14 +366,14 @@ def _joint_samples(head: Head, factors: HeadFactors, p: Tensor, labels: Tensor) 
     return _collect(factors, roots, labels, residual, list(range(len(p))), head.sample_weight)
 
 
-def _mean_softmax(head: Head, feature_mean: float) -> Tensor:
+def _mean_softmax(head: HeadProblem, feature_mean: float) -> Tensor:
     """Expected softmax for features of this mean and twice its square as variance (a normal behind a ReLU has 2.1)."""
     mean = feature_mean * head.weight.sum(1) + head.bias
     deviation = abs(feature_mean) * 2**0.5 * head.weight.norm(dim=1)
     return torch.softmax(mean + deviation * head.normal(_DRAWS, len(mean)), 1).mean(0)
 
 
-def _estimated_counts(head: Head, rest: HeadFactors, grad_bias: Tensor | None) -> Tensor:
+def _estimated_counts(head: HeadProblem, rest: HeadFactors, grad_bias: Tensor | None) -> Tensor:
     """Label counts of the samples in `rest` from ``db``; without a bias from ``dW 1 = const * db``.
 
     Features behind an activation have a positive sum that varies little: ``dW 1 = d mean(x) db``, which gives
@@ -393,7 +393,9 @@ def _estimated_counts(head: Head, rest: HeadFactors, grad_bias: Tensor | None) -
     return estimate_counts(softmax, total / feature_mean, r, w)
 
 
-def _label_hypotheses(head: Head, factors: HeadFactors, given: Tensor | None, found: Found) -> list[tuple[Tensor, int]]:
+def _label_hypotheses(
+    head: HeadProblem, factors: HeadFactors, given: Tensor | None, found: Found
+) -> list[tuple[Tensor, int]]:
     """Label rows to try, in batches with a number of starts: likely ones first, then more of both."""
     r, n = factors.rank, factors.n_classes
     device = factors.u.device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -14,7 +13,8 @@ from rconv_fast.binary_head import HeadReading, separate_logistic_head, separate
 from rconv_fast.errors import RconvError, UnsupportedModelError, require
 from rconv_fast.graph import Graph, Step
 from rconv_fast.head import separate_softmax_batch
-from rconv_fast.layers.rules import ActivationRule, ConvRule, RearrangeRule
+from rconv_fast.layers.activation import Activation
+from rconv_fast.layers.rules import ActivationRule, ConvRule
 from rconv_fast.peeling import PeeledBatch, peel_relu_batch
 
 
@@ -62,30 +62,16 @@ def head_candidates(
         readings = separate_logistic_head(*head)
     if not readings:
         raise RconvError(f"{function} must hold the gradient of one sample, got one that no sample explains")
-    low, high = _range_of(graph, step.inputs[0])
-    possible = [
-        reading
-        for reading in readings
-        if low - _slack(reading) <= float(reading.inputs.min())
-        and float(reading.inputs.max()) <= high + _slack(reading)
-    ]
+    activations = graph.activations(step.inputs[0])
+    possible = [r for r in readings if activations is None or _in_range(r.inputs, activations)]
     return [_reading_candidate(step.inputs[0], reading) for reading in possible or readings]
 
 
-def _range_of(graph: Graph, name: str) -> tuple[float, float]:
-    """The least and the largest value that a step can have, by the activations in front of it."""
-    rule = graph.steps[name].rule
-    if isinstance(rule, ActivationRule):
-        return rule.activation.low, rule.activation.high
-    if isinstance(rule, RearrangeRule):
-        lows, highs = zip(*(_range_of(graph, operand) for operand in graph.steps[name].inputs), strict=True)
-        return min(lows), max(highs)
-    return -math.inf, math.inf
-
-
-def _slack(reading: HeadReading) -> float:
-    """Far above any rounding, far below the size of what was recovered."""
-    return 1e-3 * float(reading.inputs.abs().max())
+def _in_range(x: Tensor, activations: Sequence[Activation]) -> bool:
+    """Whether activations can put out the values x, up to far more than rounding and far less than their size."""
+    low, high = min(a.low for a in activations), max(a.high for a in activations)
+    slack = 1e-3 * float(x.abs().max())
+    return low - slack <= float(x.min()) and float(x.max()) <= high + slack
 
 
 Head = tuple[Tensor, Tensor | None, Tensor, Tensor | None]

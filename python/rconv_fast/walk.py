@@ -223,8 +223,6 @@ class Walk:
         best = self._solve_once(step, rows, known, label)
         bar = self._bar()
         chosen = self._threshold_step(step) if self._all_determined() else None
-        if chosen is not None and chosen.name in self.patterns:
-            chosen = None  # the forward pass decides there, not a threshold
         if best.residual > bar and best.converged and best.rows > best.unknowns and chosen is not None:
             best = self._retry(step, chosen, best, bar, label)
         if self.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
@@ -296,11 +294,8 @@ class Walk:
 
     def _never_negative(self, step: Step) -> bool:
         """Whether a step's values are outputs of activations that have 0 as their low flat piece, moved about."""
-        if isinstance(step.rule, RearrangeRule):
-            return all(self._never_negative(self.graph.steps[name]) for name in step.inputs)
-        if not isinstance(step.rule, ActivationRule):
-            return False
-        return step.rule.activation.low == 0 and 0.0 in step.rule.activation.flats
+        activations = self.graph.activations(step.name)
+        return activations is not None and all(a.low == 0 and 0.0 in a.flats for a in activations)
 
     def _layer_of(self, step: Step) -> tuple[str, str]:
         """Name and kind of the layer(s) whose input a step is."""
@@ -314,7 +309,7 @@ class Walk:
         while names:
             behind = self.graph.steps[names.pop(0)]
             if isinstance(behind.rule, ActivationRule) and behind.rule.activation.flats:
-                return behind
+                return None if behind.name in self.patterns else behind  # there, the forward pass decides
             names += [name for name, _ in self.graph.consumers[behind.name]]
         return None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rconv_fast.errors import LinAlgError
 from rconv_fast.solve.rows import System
 
 # A value is determined when its unit vector lies in the row space: the rest has less squared length.
@@ -85,7 +86,7 @@ def _eigen(normal: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a positive semidefinite matrix."""
     try:
         values, vectors = torch.linalg.eigh(normal)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # LAPACK gives up on some with many equal values
+    except LinAlgError:  # LAPACK gives up on some with many equal values
         _, singular, vh = torch.linalg.svd(normal)
         values, vectors = singular.flip(0), vh.mT.flip(1)
     return values, vectors

@@ -1,7 +1,8 @@
 """Sparse direct factor of the weight constraints: nested dissection of the picture, dense fronts.
 
-``diag(w) A = Q R`` for the convolution ``A`` of one sample, Q never kept. Undamped, R comes from Householder
-QR: a square first layer has condition numbers of 1e6 and more, whose squares a Cholesky factor would meet.
+``diag(w) A = Q R`` for the convolution ``A`` of one sample, Q never kept, R as what its solves need. Undamped,
+R comes from Householder QR: a square first layer has condition numbers of 1e6 and more, whose squares a
+Cholesky factor would meet.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from rconv_fast.errors import require
+from rconv_fast.errors import LinAlgError, require
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.operators import apply_weight_adjoint
 from rconv_fast.solve.dissection_tree import FrontKind, dissect
@@ -248,7 +249,7 @@ class DissectionFactor:
 
     def _require_nonsingular(self) -> None:
         if self.is_singular:
-            raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+            raise LinAlgError(
                 f"DissectionFactor: R has rank {self.rank_estimate} of "
                 f"{self._diagonal.numel() - self.n_untouched}; factor with damping > 0"
             )

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from rconv_fast.errors import LinAlgError
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.solve.dissection_tree import FrontKind
 
@@ -210,7 +211,7 @@ def condense(front: Tensor, n_eliminated: int) -> Eliminated:
     e = n_eliminated
     lower, info = torch.linalg.cholesky_ex(front[..., :e, :e])
     if info.any():  # synchronize!
-        raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+        raise LinAlgError(
             "DissectionFactor: damping must exceed the rounding errors of A^T diag(w)^2 A, "
             "about 1e-14 of its largest eigenvalue in float64 and 1e-5 in float32"
         )

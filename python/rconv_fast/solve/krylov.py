@@ -178,4 +178,4 @@ def _patience(best: float, best_iteration: int, iteration: int) -> float:
 
 
 def _norm(parts: list[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(part)) for part in parts))
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rconv_fast.errors import LinAlgError
 from rconv_fast.solve.dissection import DissectionFactor
 from rconv_fast.solve.gram import GramFactor, sum_of
 from rconv_fast.solve.krylov import Preconditioner
@@ -79,7 +80,7 @@ class SketchedDissection:
             for rows_of_u, columns_of_z in zip(sketch.matrix.split(TOGETHER), z.split(TOGETHER, dim=1), strict=True):
                 columns_of_z.copy_(_solve_rt(factors, rows_of_u))
             core = torch.linalg.cholesky(torch.eye(z.shape[1]).to(z) + z.mT @ z)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined] # public, missing in torch's stubs
+        except LinAlgError:
             return None
         return cls(System(system.shape, (sketch, rows)), factors, z, core, proven)
 
@@ -103,6 +104,7 @@ def _factor(rows: WeightRows) -> tuple[list[DissectionFactor], bool]:
     factors = [DissectionFactor.factor(geometry, weight, mask, dtype=torch.float32) for mask in masks]
     if all(f.condition_estimate <= MAX_UNDAMPED_CONDITION and not f.n_untouched for f in factors):
         return factors, True
+    del factors  # before the next ones take as much memory
     damping = DAMPING * float(rows.diagonal().max())
     return [DissectionFactor.factor(geometry, weight, mask, damping=damping) for mask in masks], False
 
