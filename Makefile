@@ -15,7 +15,7 @@ CPU_TESTS := -m "not slow and not cuda and not peer"
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format cuda-build nightly bench gpu-check wheel wheel-test clean
+.PHONY: help demo test lint types format cuda-build simulated-gpu nightly bench gpu-check wheel wheel-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -46,6 +46,18 @@ cuda-build: $(CUDA_SITE)/installed ## build with RCONV_CUDA=ON, import that, run
 		from rconv_fast import _core; assert _core.has_cuda, 'built without CUDA'"
 	PYTHONPATH=$(CUDA_SITE) $(BIN)/python -m pytest $(CPU_TESTS) $(TEST_ARGS)
 
+# Two GPUs made of the host's memory (tests/simulated_gpu): the CUDA tests, the kernels with a sanitizer, and the tests
+# of the public functions with everything moved there. It finds mixed devices, hidden waits and wrong kernels, not time.
+SIMULATED_GPU := PYTHONPATH=tests/simulated_gpu $(BIN)/python -m pytest -p simulated_gpu
+KERNEL_TESTS := tests/test_structure.py tests/test_values.py -m "cuda and not slow"
+MOVED_TESTS := $(addprefix tests/test_,invert.py recover.py graph.py head.py head_binary.py nonnegative.py prior.py peeling.py)
+simulated-gpu: .venv/installed ## the CUDA code without a GPU: kernels on the host, devices that refuse to mix
+	$(SIMULATED_GPU) -m "cuda and not slow" $(TEST_ARGS)
+	SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		$(SIMULATED_GPU) -s $(KERNEL_TESTS) $(TEST_ARGS)
+	$(SIMULATED_GPU) --move $(MOVED_TESTS) $(CPU_TESTS) $(TEST_ARGS)
+
 nightly: .venv/installed ## the long sweeps
 	$(BIN)/python -m pytest -m "slow and not cuda and not peer" $(TEST_ARGS)
 
@@ -56,7 +68,6 @@ bench: .venv/installed ## measure on this machine (BENCH_ARGS="--filter gradient
 # the tests, run the GPU benchmarks' functions, build small matrices, time stages on the CPU) and prints the rest. On
 # the GPU 0.2 seconds hold thousands of runs of a kernel; BENCH_ARGS="--seconds 1" takes longer.
 GPU_PYTHON := PYTHONPATH=$(CUDA_SITE) $(BIN)/python
-GPU_KERNEL_TESTS := tests/test_structure.py tests/test_values.py -m "cuda and not slow"
 SANITIZER := compute-sanitizer --target-processes all --error-exitcode 1
 gpu-check: $(CUDA_SITE)/installed ## the whole check on a GPU (DRY_RUN=1 without one)
 ifneq ($(DRY_RUN),)
@@ -70,8 +81,8 @@ else
 	nvidia-smi
 	$(GPU_PYTHON) -m pytest -m "cuda and not slow" $(TEST_ARGS)
 	$(GPU_PYTHON) -m pytest $(CPU_TESTS) $(TEST_ARGS)
-	$(SANITIZER) --tool memcheck env $(GPU_PYTHON) -m pytest $(GPU_KERNEL_TESTS)
-	$(SANITIZER) --tool racecheck env $(GPU_PYTHON) -m pytest $(GPU_KERNEL_TESTS)
+	$(SANITIZER) --tool memcheck env $(GPU_PYTHON) -m pytest $(KERNEL_TESTS)
+	$(SANITIZER) --tool racecheck env $(GPU_PYTHON) -m pytest $(KERNEL_TESTS)
 	$(GPU_PYTHON) benchmarks/run.py --filter /cuda/ --seconds 0.2 --out benchmarks/results/gpu.json $(BENCH_ARGS)
 endif
 

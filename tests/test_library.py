@@ -21,6 +21,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_opcheck(name: str, device: torch.device) -> None:
     layout = LAYOUTS[name]
@@ -35,6 +36,7 @@ def test_opcheck(name: str, device: torch.device) -> None:
     opcheck(OPS.nonzero_pattern.default, (source.detach().relu(), numbers))
 
 
+@pytest.mark.compile
 def test_opcheck_masked_pattern(device: torch.device) -> None:
     geometry = GEOMETRIES["groups 2"]
     numbers = ConstraintLayout.of_weight(geometry).numbers

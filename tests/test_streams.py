@@ -34,6 +34,7 @@ def test_kernels_wait_for_their_producer_on_another_stream() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.real_gpu
 def test_the_pattern_does_not_wait_for_the_device() -> None:
     geometry = GEOMETRIES["same 3x3"]
     grad_output = random_grad_output(geometry, device="cuda")
