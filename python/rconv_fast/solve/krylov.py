@@ -39,8 +39,9 @@ class InterruptedSolve(KeyboardInterrupt):
         self.x = x
 
 
-# On a GPU the stopping test reads a number back; every few iterations is often enough.
-CHECK_EVERY = {"cpu": 1, "cuda": 8}
+# On a GPU the stopping test waits for the device. It is made at every iteration first, later after so many more that
+# they are at most this share of those done and at most this many.
+CHECK_SHARE, MAX_UNCHECKED = 1 / 16, {"cpu": 1, "cuda": 8}
 
 
 # Most iterations (beside half of those done) without halving the residual after which the iteration is taken to have
@@ -100,7 +101,7 @@ def refine(
     inner = system if inner_dtype in (None, rhs[0].dtype) else system.to(inner_dtype)
     dtype = inner.rhs[0].dtype
     floor = ROUNDING_UNITS * torch.finfo(dtype).eps
-    every = CHECK_EVERY.get(x.device.type, 1)
+    check, unchecked = 1, MAX_UNCHECKED.get(x.device.type, 1)
     size = scale  # the inner iteration works in units of the last recomputed residual
     r = [(part / size).to(dtype) for part in rhs]
     step = torch.zeros_like(x, dtype=dtype)
@@ -125,7 +126,8 @@ def refine(
             if accept is not None and iteration % accept_every == 0 and accept(x + step.to(x.dtype) * size):
                 converged = True
                 break
-            if iteration % every == 0 or iteration == max_iterations:
+            if iteration in (check, max_iterations):
+                check += min(unchecked, 1 + int(CHECK_SHARE * iteration))
                 now = math.sqrt(max(float(gamma), 0.0))  # synchronize!
                 relative = now / start * size / scale
                 if progress is not None:
