@@ -18,7 +18,7 @@ from rconv_fast.heads import HeadCandidate, head_candidates
 from rconv_fast.layers.rules import ActivationRule
 from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
-from rconv_fast.solve import PRIORS
+from rconv_fast.solve import PRIORS, norm
 from rconv_fast.walk import LayerReport, Walk
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -275,12 +275,9 @@ def gradient_residual(
         outputs = model(inputs)
         value = LOSSES[loss](outputs, labels if loss == "cross_entropy" else labels.to(outputs).reshape(outputs.shape))
         found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    miss = size = 0.0
-    for name, g in zip(parameters, found, strict=True):
-        given = gradients[name].double()
-        miss += float((given - (0.0 if g is None else g.double())).square().sum())
-        size += float(given.square().sum())
-    return math.sqrt(miss / size) if math.isfinite(miss) else math.inf
+    given = [gradients[name].double() for name in parameters]
+    miss = norm(a if b is None else a - b.double() for a, b in zip(given, found, strict=True))
+    return miss / norm(given) if math.isfinite(miss) else math.inf
 
 
 def forward_activations(graph: Graph, inputs: Tensor) -> dict[str, Tensor]:

@@ -196,7 +196,7 @@ void run_on_host(c10::OperatorHandle const& op, torch::jit::Stack* stack) {
     bool const host_before = call.any_host;
     bool const indices = kIndexing.count(call.name) && value.isOptionalTensorList();
     value = changed(value, [&](Tensor const& t) {
-      if (indices && (!t.is_cuda() || t.scalar_type() == at::kBool)) wait(call.name);
+      if (indices && t.defined() && (!t.is_cuda() || t.scalar_type() == at::kBool)) wait(call.name);
       return call.to_host(t);
     });
     if (indices) call.any_host = host_before;

@@ -11,7 +11,7 @@ from rconv_fast.solve.nonnegative import solve_nonnegative
 from rconv_fast.solve.phases import count_phases, direct_bytes, solve_by_phases
 from rconv_fast.solve.precision import exact_float32
 from rconv_fast.solve.prior import PRIORS, apply_prior
-from rconv_fast.solve.rows import GradientRows, MapRows, PointRows, Rows, System, WeightRows
+from rconv_fast.solve.rows import GradientRows, MapRows, PointRows, Rows, System, WeightRows, norm
 from rconv_fast.solve.solution import Solution
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "System",
     "WeightRows",
     "apply_prior",
+    "norm",
     "solve",
     "solve_nonnegative",
 ]

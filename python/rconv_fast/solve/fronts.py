@@ -11,6 +11,8 @@ takes it as one more row per unknown, at five times the cost) and bounds the squ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +25,23 @@ from rconv_fast.solve.dissection_tree import FrontKind
 BATCH_BYTES = 1 << 27
 
 Eliminated = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Indices:
+    """Indices of a kind on a device: ``FrontKind.entries`` and ``FrontKind.child_columns``."""
+
+    row: Tensor
+    tap: Tensor
+    column: Tensor
+    children: tuple[Tensor, ...]
+
+
+@lru_cache(maxsize=512)
+def _indices(kind: FrontKind, device: torch.device) -> _Indices:
+    """Copied to the device once, for all factors."""
+    row, tap, column = (torch.from_numpy(index).to(device) for index in kind.entries)
+    return _Indices(row, tap, column, tuple(torch.from_numpy(columns).to(device) for columns in kind.child_columns))
 
 
 class Fronts(ABC):
@@ -87,11 +106,11 @@ class Fronts(ABC):
 
     def _write_own(self, kind: FrontKind, own: Tensor, weights: Tensor | None) -> None:
         """Write ``w[f,u] W[f,c,k]`` into zero rows: own (groups, n, positions, C, n_own, F)."""
-        row, tap, column = (torch.from_numpy(i).to(own.device) for i in kind.entries)
-        values = self.taps[tap]  # (nnz, groups, 1, C, F)
+        indices = _indices(kind, own.device)
+        values = self.taps[indices.tap]  # (nnz, groups, 1, C, F)
         if weights is not None:
-            values = values * weights[:, :, row].movedim(2, 0).unsqueeze(3)
-        own[:, :, column, :, row] = values
+            values = values * weights[:, :, indices.row].movedim(2, 0).unsqueeze(3)
+        own[:, :, indices.column, :, indices.row] = values
 
 
 class QrFronts(Fronts):
@@ -119,9 +138,8 @@ class QrFronts(Fronts):
         n, n_columns = batch.stop - batch.start, kind.n_eliminated + kind.n_boundary
         front = self.taps.new_zeros(self.groups, n, n_columns, self.channels, max(sum(counts), e))
         own, pinned, *inherited = torch.split(front[..., : sum(counts)], counts, dim=-1)
-        for columns, to, rest in zip(kind.child_columns, inherited, left, strict=True):
-            index = torch.from_numpy(columns).to(front.device)
-            to.index_copy_(2, index, _by_position(rest[:, batch], 2, self.channels))
+        for columns, to, rest in zip(_indices(kind, front.device).children, inherited, left, strict=True):
+            to.index_copy_(2, columns, _by_position(rest[:, batch], 2, self.channels))
         if weights is None:
             self._write_own(kind, own.view(*own.shape[:4], kind.n_own, self.filters), None)
         else:
@@ -171,12 +189,11 @@ class CholeskyFronts(Fronts):
         own = own.flatten(4).flatten(2, 3)
         front = own @ own.mT
         front.diagonal(dim1=2, dim2=3)[..., :e] += self.damping
-        for child, rest in zip(kind.child_columns, left, strict=True):
-            index = torch.from_numpy(child).to(front.device)
+        for child, rest in zip(_indices(kind, front.device).children, left, strict=True):
             wide = rest.new_zeros(self.groups, n, rest.shape[2], *columns)
-            wide.index_copy_(3, index, _by_position(rest[:, batch], 3, self.channels))
+            wide.index_copy_(3, child, _by_position(rest[:, batch], 3, self.channels))
             by_position = _by_position(wide.flatten(3), 2, self.channels).flatten(3)
-            _by_position(front, 2, self.channels).flatten(3).index_add_(2, index, by_position)
+            _by_position(front, 2, self.channels).flatten(3).index_add_(2, child, by_position)
         return condense(front, e)
 
 

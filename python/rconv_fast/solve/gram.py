@@ -108,17 +108,29 @@ def scatter_phase(x: Tensor, phase: Phase, values: Tensor) -> None:
     part.copy_(values.reshape(len(x), *part.shape[2:], x.shape[1]).movedim(-1, 1))
 
 
+# On a GPU a float64 phase of up to this many unknowns is inverted: a product is one step, a triangular solve takes the
+# rows one after the other. All uses correct what the inverse's rounding leaves, as they do for the factor's.
+MAX_INVERTED = {"cpu": 0, "cuda": 4096}
+
+
 @dataclass(frozen=True)
 class PhaseFactor:
-    """Cholesky factor of ``G + shift`` of one phase of one group."""
+    """``(G + shift)^-1`` of one phase of one group; matrix: the Cholesky factor, or the inverse itself."""
 
     phase: Phase
     channels: slice
-    cholesky: Tensor
+    matrix: Tensor
+    inverted: bool
+
+    @classmethod
+    def create(cls, phase: Phase, channels: slice, cholesky: Tensor) -> PhaseFactor:
+        """From the lower Cholesky factor of ``G + shift``."""
+        inverted = cholesky.dtype == torch.float64 and len(cholesky) <= MAX_INVERTED.get(cholesky.device.type, 0)
+        return cls(phase, channels, torch.cholesky_inverse(cholesky) if inverted else cholesky, inverted)
 
     def solve(self, v: Tensor) -> Tensor:
         """``(G + shift)^-1 v``, v (B*n_positions, C/groups)."""
-        return torch.cholesky_solve(v, self.cholesky)
+        return self.matrix @ v if self.inverted else torch.cholesky_solve(v, self.matrix)
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ class GramFactor:
                 if int(info) != 0:  # synchronize!
                     failed.append(phase)
                 else:
-                    factors.append(PhaseFactor(phase, channels, factor))
+                    factors.append(PhaseFactor.create(phase, channels, factor))
         return cls(tuple(factors), tuple(failed))
 
     def solve(self, v: Tensor) -> Tensor:
@@ -168,7 +180,7 @@ class GramFactor:
         x = torch.zeros_like(v)
         for factor in self.factors:
             part = gather_phase(v[:, factor.channels], factor.phase)
-            solved = factor.solve(part.to(factor.cholesky.dtype))
+            solved = factor.solve(part.to(factor.matrix.dtype))
             scatter_phase(x[:, factor.channels], factor.phase, solved.to(v.dtype))
         return x
 
@@ -183,12 +195,12 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
 POWER_STEPS, POWER_VECTORS = 4, 4
 
 
-def gram_condition(gram: Tensor, cholesky: Tensor) -> float:
+def gram_condition(gram: Tensor, factor: PhaseFactor) -> float:
     """Condition number of the rows, ``sqrt(lambda_max / lambda_min)`` of their Gram matrix, by powers."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(gram), POWER_VECTORS, generator=generator, dtype=torch.float64).to(gram)
     largest, smallest = start, start
     for _ in range(POWER_STEPS):
         largest = gram @ (largest / largest.norm(dim=0))
-        smallest = torch.cholesky_solve(smallest / smallest.norm(dim=0), cholesky)
-    return math.sqrt(float(largest.norm(dim=0).max()) * float(smallest.norm(dim=0).max()))
+        smallest = factor.solve(smallest / smallest.norm(dim=0))
+    return math.sqrt(float(largest.norm(dim=0).max() * smallest.norm(dim=0).max()))

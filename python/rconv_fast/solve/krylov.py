@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.rows import System
+from rconv_fast.solve.rows import System, norm
 
 Preconditioner = Callable[[Tensor], Tensor]
 Progress = Callable[[int, float], None]
@@ -94,7 +94,7 @@ def refine(
         Looks at x every `accept_every` iterations and may end the iteration.
     """
     rhs = system.rhs if rhs is None else rhs
-    scale = _norm(rhs)
+    scale = norm(rhs)
     x = torch.zeros(system.shape, dtype=rhs[0].dtype, device=rhs[0].device)
     if scale == 0.0:
         return KrylovResult(x, 0, 0.0, True)
@@ -128,7 +128,8 @@ def refine(
                 break
             if iteration in (check, max_iterations):
                 check += min(unchecked, 1 + int(CHECK_SHARE * iteration))
-                now = math.sqrt(max(float(gamma), 0.0))  # synchronize!
+                squared, before = torch.stack([gamma, previous]).tolist()  # synchronize!
+                now = math.sqrt(max(squared, 0.0))
                 relative = now / start * size / scale
                 if progress is not None:
                     progress(iteration, relative)
@@ -136,7 +137,7 @@ def refine(
                     break
                 if relative < best / 2:
                     best, best_iteration = relative, iteration
-                fast = float(gamma) < FAST**2 * float(previous)
+                fast = squared < FAST**2 * before
                 if renewed_once and fast and relative < ROUNDING_UNITS * torch.finfo(x.dtype).eps:
                     converged = True
                     break
@@ -144,7 +145,7 @@ def refine(
                     renewed_once = True
                     x = x + step.to(x.dtype) * size
                     residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
-                    renewed, last = _norm(residual), reference * size
+                    renewed, last = norm(residual), reference * size
                     factor, size = size / renewed if renewed > 0 else 0.0, renewed
                     step.zero_()
                     if size <= rtol * scale:
@@ -164,7 +165,7 @@ def refine(
     except KeyboardInterrupt:
         raise InterruptedSolve(x + step.to(x.dtype) * size) from None
     x = x + step.to(x.dtype) * size
-    final = _norm([bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]) / scale
+    final = norm([bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]) / scale
     return KrylovResult(x, iteration, final, converged)
 
 
@@ -177,7 +178,3 @@ def _patience(best: float, best_iteration: int, iteration: int) -> float:
         return most
     usual = best_iteration / math.log2(1 / best)
     return min(most, max(PATIENCE_AT_ROUNDING, LONG_PLATEAU * usual))
-
-
-def _norm(parts: list[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))

@@ -76,11 +76,9 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
         for phase in geometry.phases:
             count = next(counts)
             if count.rows >= count.unknowns:
-                gram = phase_gram(geometry, phase, h)
-                cholesky, info = torch.linalg.cholesky_ex(gram)
-                kappa = gram_condition(gram, cholesky) if int(info) == 0 else math.inf  # synchronize!
-                if kappa < MAX_CHOLESKY_CONDITION:
-                    factors.append(PhaseFactor(phase, channels, cholesky))
+                factor, kappa = _safe_factor(phase_gram(geometry, phase, h), phase, channels)
+                if factor is not None:
+                    factors.append(factor)
                     rank, condition = rank + count.unknowns * per_group, max(condition, kappa)
                     continue
             matrix = phase_rows(geometry, phase, grad_output)
@@ -92,9 +90,9 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
     system = System(shape, (rows,))
     iterations = 0
     if factors:
-        factor = GramFactor(tuple(factors), ())
+        inverse = GramFactor(tuple(factors), ())
         rhs = [rows.rhs - rows.apply(x)]
-        result = refine(system, factor.solve, rhs=rhs, inner_rtol=1e-12, rtol=rtol, max_iterations=30)
+        result = refine(system, inverse.solve, rhs=rhs, inner_rtol=1e-12, rtol=rtol, max_iterations=30)
         for part in factors:  # the SVD's phases keep their minimum-norm values
             scatter_phase(x[:, part.channels], part.phase, gather_phase(result.x[:, part.channels], part.phase))
         iterations = result.iterations
@@ -110,6 +108,16 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
         converged=True,
         iterations=iterations,
     )
+
+
+def _safe_factor(gram: Tensor, phase: Phase, channels: slice) -> tuple[PhaseFactor | None, float]:
+    """The factor of a phase's Gram matrix and the condition of its rows; None where it would be too inexact."""
+    cholesky, info = torch.linalg.cholesky_ex(gram)
+    if int(info) != 0:  # synchronize!
+        return None, math.inf
+    factor = PhaseFactor.create(phase, channels, cholesky)
+    condition = gram_condition(gram, factor)
+    return factor if condition < MAX_CHOLESKY_CONDITION else None, condition
 
 
 def _phase_rhs(rows: GradientRows, phase: Phase, group: int) -> Tensor:

@@ -8,7 +8,7 @@ another dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -308,7 +308,11 @@ class System:
 
     def residual(self, x: Tensor) -> float:
         """``||b - M x|| / ||b||``, in float64."""
-        b, r = self.rhs, self.apply(x)
-        squares = sum(float((bi.double() - ri.double()).square().sum()) for bi, ri in zip(b, r, strict=True))
-        norm = sum(float(bi.double().square().sum()) for bi in b)
-        return math.sqrt(squares / norm) if norm > 0 else math.sqrt(squares)
+        miss = norm(b.double() - q.double() for b, q in zip(self.rhs, self.apply(x), strict=True))
+        return miss / (norm(self.rhs) or 1.0)
+
+
+def norm(parts: Iterable[Tensor]) -> float:
+    """The 2-norm of all parts together, in float64, read back once."""
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
