@@ -78,6 +78,14 @@ def test_indices_widen_at_two_to_the_31(side: int, dtype: torch.dtype) -> None:
     assert layout.index_dtype == dtype
 
 
+@pytest.mark.parametrize(("padding", "dtype"), [(400, torch.int32), (60_000, torch.int64)])
+def test_indices_widen_where_padded_positions_need_it(padding: int, dtype: torch.dtype) -> None:
+    geometry = ConvGeometry.create("test", 1, 1, (2, 20_000), 1, stride=(padding + 1, 10_000), padding=(padding, 0))
+    layout = ConstraintLayout.of_weight(geometry)
+    assert max(layout.nnz, layout.n_cols, layout.n_rows) < 100_000
+    assert layout.index_dtype == dtype
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

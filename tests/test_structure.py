@@ -73,6 +73,16 @@ def test_kernels_equal_reference(geometry: ConvGeometry, device: torch.device) -
         assert_kernels_equal_reference(layout, device)
 
 
+@pytest.mark.parametrize("side", [5, 9, 13, 18, 25, 45, 75])
+def test_kernels_equal_reference_for_rows_of_every_length(side: int, device: torch.device) -> None:
+    """A GPU shares a row of few entries among few threads, a long one among several warps."""
+    filters = 70 if side == 5 else 4
+    geometry = ConvGeometry.create("test", 3, filters, (side, side + 1), 3, padding=1, dilation=(1, 2))
+    assert_kernels_equal_reference(ConstraintLayout.of_gradient(geometry, 1), device)
+    assert_kernels_equal_reference(ConstraintLayout.of_gradient(geometry, 3), device)
+    assert_kernels_equal_reference(ConstraintLayout.of_weight(geometry), device)
+
+
 @pytest.mark.slow
 def test_kernels_equal_reference_on_200_random_geometries(device: torch.device) -> None:
     generator = random.Random(1)

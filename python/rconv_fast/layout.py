@@ -42,6 +42,11 @@ class Axis:
         """The axis as a flat tuple."""
         return (self.size, self.n_rows, self.row_step, self.n_entries, self.entry_step, self.padding)
 
+    @property
+    def reach(self) -> int:
+        """Positions of the padded input."""
+        return self.size + 2 * self.padding
+
     @cached_property
     def n_meetings(self) -> int:
         """Pairs (r, e) that meet inside the input, counted along the shorter side."""
@@ -137,6 +142,7 @@ class ConstraintLayout:
 
     @cached_property
     def index_dtype(self) -> torch.dtype:
-        """``int32`` while offsets, columns and source indices fit, else ``int64``."""
-        fits = max(self.nnz, self.n_cols, self.n_source, self.n_rows) <= INT32_MAX
+        """``int32`` while offsets, columns, source indices and padded positions fit, else ``int64``."""
+        padded = math.prod(max(axis.reach, axis.row_step, axis.entry_step) for axis in self.axes)
+        fits = max(self.nnz, self.n_cols, self.n_source, self.n_rows, padded) <= INT32_MAX
         return torch.int32 if fits else torch.int64

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two CUDA devices made of the host's memory, for a torch without CUDA. Each operator of a tensor on
-// "cuda" runs torch's own CPU kernel on the same memory. What a GPU refuses is refused: tensors of
-// different devices in one operator. What makes the host wait for a GPU is counted, and refused
+// Two CUDA devices made of the host's memory, for a torch without CUDA. Each operator of a tensor
+// on "cuda" runs torch's own CPU kernel on the same memory. What a GPU refuses is refused: tensors
+// of different devices in one operator. What makes the host wait for a GPU is counted, and refused
 // under torch.cuda.set_sync_debug_mode("error"). Nothing here says how fast a GPU would be.
 //
 // To be loaded before torch: it registers the hooks and the guard that torch asks for its devices.
@@ -95,10 +95,9 @@ void wait(std::string const& why) {
 
 // These read a size, a flag or a value back.
 std::unordered_set<std::string> const kWaits = {
-    "aten::_local_scalar_dense", "aten::nonzero",      "aten::masked_select",
-    "aten::equal",               "aten::is_nonzero",   "aten::_unique2",
-    "aten::unique_dim",          "aten::bincount",     "aten::unique_consecutive",
-    "aten::_linalg_eigh",        "aten::_linalg_svd",  "aten::linalg_lstsq",
+    "aten::_local_scalar_dense", "aten::nonzero",       "aten::masked_select", "aten::equal",
+    "aten::is_nonzero",          "aten::_unique2",      "aten::unique_dim",    "aten::bincount",
+    "aten::unique_consecutive",  "aten::_linalg_eigh",  "aten::_linalg_svd",   "aten::linalg_lstsq",
     "aten::linalg_eig",          "aten::linalg_eigvals"};
 // Torch takes their indices from either side; masks become lists of indices first.
 std::unordered_set<std::string> const kIndexing = {"aten::index", "aten::index_put_",
