@@ -13,7 +13,7 @@ from attacks import gradients_of, photo, some_labels
 from layers import random_grad_output, random_input, random_weight
 from rconv_fast import invert, match_samples, psnr, recover_conv_input, separate_softmax_batch
 from rconv_fast.operators import apply_gradient, apply_weight
-from rconv_fast.solve import GradientRows, System, WeightRows
+from rconv_fast.solve import GradientRows, System, WeightRows, hybrid
 from rconv_fast.testing import geometry as make
 
 pytestmark = pytest.mark.cuda
@@ -63,8 +63,12 @@ layer("jacobi or dense", 16, 0.7)
 layer("dissection", 12, 1.1)
 
 
+@pytest.mark.parametrize("inverted", [False, True])
 @pytest.mark.parametrize("name", LAYERS)
-def test_one_layer_as_on_the_cpu(name: str) -> None:
+def test_one_layer_as_on_the_cpu(name: str, inverted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the plans of the CPU, and with small systems inverted as a GPU does it."""
+    if not inverted:
+        monkeypatch.setitem(hybrid.MAX_INVERTED_UNKNOWNS, "cuda", 0)
     given = LAYERS[name]()
     x = given.pop("x")
     options = {"input_size": (16, 16), "stride": 2, "padding": 2}
@@ -72,7 +76,9 @@ def test_one_layer_as_on_the_cpu(name: str) -> None:
     on_gpu = recover_conv_input(**{key: value.cuda() for key, value in given.items()}, **options)
     assert on_gpu.input.is_cuda
     assert on_gpu.determined.is_cuda
-    assert (on_gpu.solver, on_gpu.rank, on_gpu.unknowns) == (on_cpu.solver, on_cpu.rank, on_cpu.unknowns)
+    assert (on_gpu.rank, on_gpu.unknowns) == (on_cpu.rank, on_cpu.unknowns)
+    expected = "cgls+inverse" if inverted and on_cpu.solver.startswith("cgls") else on_cpu.solver
+    assert on_gpu.solver == expected
     assert torch.equal(on_gpu.determined.cpu(), on_cpu.determined)
     assert float((on_gpu.input.cpu() - x).abs().max()) < 1e-9
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rconv_fast
-from rconv_fast.solve import MapRows, Solution, System, solve, solve_nonnegative
+from rconv_fast.solve import MapRows, Solution, System, nonnegative, solve, solve_nonnegative
 from rconv_fast.solve.hybrid import balance
 from rconv_fast.solve.nonnegative import certificate, has_full_rank
 
@@ -143,3 +143,11 @@ def test_invert_through_a_rank_deficient_layer(dtype: torch.dtype) -> None:
     assert found.verified
     psnr = -10 * float((found.inputs.double() - x).square().mean().log10())
     assert psnr > (200 if dtype == torch.float64 else 90)
+
+
+def test_the_normal_matrix_of_a_sum() -> None:
+    x = torch.randn(2, 1, 3, dtype=torch.float64)
+    row = nonnegative.SumRow((x > 0).to(x), x.new_ones(1))
+    units = torch.eye(6, dtype=x.dtype).view(6, 2, 1, 3)
+    matrix = torch.stack([row.apply(unit) for unit in units], dim=1)
+    torch.testing.assert_close(row.normal(x.shape), matrix.mT @ matrix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 
@@ -17,7 +18,13 @@ from rconv_fast.solve.dense import PseudoInverse
 from rconv_fast.solve.gram import GramFactor, group_filters, output_gram, phase_gram, phase_rows
 from rconv_fast.solve.krylov import refine
 from rconv_fast.solve.phases import count_phases, solve_by_phases
-from rconv_fast.solve.preconditioners import SketchedDissection, jacobi, phase_cholesky
+from rconv_fast.solve.preconditioners import (
+    MAX_INVERTED_CONDITION,
+    SketchedDissection,
+    jacobi,
+    normal_inverse,
+    phase_cholesky,
+)
 from rconv_fast.testing import geometry as make
 from rconv_fast.testing import random_geometry
 
@@ -138,12 +145,22 @@ def test_gram_factor_is_the_inverse(geometry: ConvGeometry) -> None:
     torch.testing.assert_close(factor.solve(product), case.x, rtol=1e-9, atol=1e-9)
 
 
-def test_diagonals_are_those_of_the_normal_matrix(geometry: ConvGeometry) -> None:
+def test_normal_matrices_and_their_diagonals(geometry: ConvGeometry) -> None:
     case = Case(geometry, 2, live=0.7)
-    for block in (case.gradient, case.outputs, case.outputs.scaled(3.0), case.gradient.scaled(0.5)):
+    points = PointRows.create(case.x, torch.rand_like(case.x))
+    for block in (case.gradient, case.outputs, case.outputs.scaled(3.0), case.gradient.scaled(0.5), points):
         matrix, _ = dense(case.system(block))
-        expected = matrix.square().sum(0).reshape(case.x.shape)
-        torch.testing.assert_close(block.diagonal().expand(case.x.shape), expected)
+        normal = matrix.mT @ matrix
+        torch.testing.assert_close(block.normal(case.x.shape), normal)
+        torch.testing.assert_close(block.diagonal().expand(case.x.shape), normal.diagonal().reshape(case.x.shape))
+
+
+def test_the_normal_matrix_of_a_map() -> None:
+    x = torch.randn(2, 3, 6, **DOUBLE)
+    weight = torch.rand(2, 3, 3, **DOUBLE)
+    block = MapRows.create(lambda x: torch.nn.functional.avg_pool1d(x, 2), x.shape, weight, weight)
+    matrix, _ = dense(System(x.shape, (block,)))
+    torch.testing.assert_close(block.normal(x.shape), matrix.mT @ matrix)
 
 
 def check_phases(case: Case) -> int:
@@ -222,6 +239,25 @@ def test_hybrid_is_the_dense_least_squares_solution(geometry: ConvGeometry) -> N
     check_hybrid(case, case.system())
 
 
+def test_small_systems_are_inverted_as_on_a_gpu(geometry: ConvGeometry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hybrid.MAX_INVERTED_UNKNOWNS, "cpu", 4096)
+    case = Case(geometry, 2, live=0.7)
+    matrix, _ = dense(hybrid.balance(case.system(), 1.0))
+    condition = float(torch.linalg.cond(matrix)) if len(matrix) >= matrix.shape[1] else math.inf
+    solver = check_hybrid(case, case.system())
+    assert (solver == "cgls+inverse") == (condition < MAX_INVERTED_CONDITION)
+
+
+def test_an_ill_conditioned_system_is_not_inverted() -> None:
+    case = half_blind(Case(make((2, 8), (8, 8), 3, stride=2, padding=1)))
+    assert normal_inverse(hybrid.balance(case.system(), 1.0)) is None, "values that no equation fixes"
+    weight = torch.ones(1, 1, 6, **DOUBLE)
+    nearly = WeightRows(make((1, 1), (6,), 1), torch.ones(1, 1, 1, **DOUBLE), weight, weight)
+    for least, inverted in ((1e-5, True), (1e-7, False)):
+        weight[..., -1] = least
+        assert (normal_inverse(System(torch.Size((1, 1, 6)), (nearly,))) is not None) == inverted
+
+
 def test_hybrid_of_random_geometries() -> None:
     generator = random.Random(2)
     solvers = []
@@ -238,7 +274,7 @@ WIDE = make((3, 16), (12, 12), 5, stride=2, padding=2)
 """Gradient rows for part of the unknowns, and outputs: 5.3 rows an unknown together."""
 
 
-@pytest.mark.parametrize("kind", ["jacobi", "phase-cholesky", "dissection"])
+@pytest.mark.parametrize("kind", ["jacobi", "phase-cholesky", "dissection", "inverse"])
 def test_every_preconditioner_leads_to_the_same_answer(kind: str) -> None:
     case = Case(WIDE, 2)
     system = hybrid.balance(case.system(), 1.0)
@@ -246,6 +282,8 @@ def test_every_preconditioner_leads_to_the_same_answer(kind: str) -> None:
         preconditioner = jacobi(system, torch.float64)
     elif kind == "phase-cholesky":
         preconditioner = phase_cholesky(system, torch.float64)
+    elif kind == "inverse":
+        preconditioner = normal_inverse(system)
     else:
         preconditioner = SketchedDissection.create(system)
         system = preconditioner.system

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.errors import LinAlgError
+from rconv_fast.solve.gram import sum_of
 from rconv_fast.solve.rows import System
 
 # A value is determined when its unit vector lies in the row space: the rest has less squared length.
@@ -54,17 +55,9 @@ def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u, s, vh
 
 
-def normal_matrix(system: System, free: Tensor) -> Tensor:
-    """``M^T M`` on the values that `free` (bool, flat) marks, (n, n), column by column from products."""
-    places = free.nonzero().flatten()
-    unit = system.rhs[0].new_zeros(system.shape)
-    flat = unit.reshape(-1)
-    columns = flat.new_empty(len(places), len(places))
-    for row, j in enumerate(places.tolist()):
-        flat[j] = 1
-        columns[row] = system.adjoint(system.apply(unit)).reshape(-1)[places]
-        flat[j] = 0
-    return columns
+def normal_matrix(system: System) -> Tensor:
+    """``M^T M`` (n, n), n all values of x."""
+    return sum_of(block.normal(system.shape) for block in system.blocks)
 
 
 def row_matrix(system: System, free: Tensor) -> Tensor:
@@ -123,7 +116,7 @@ class PseudoInverse:
             _, singular, vh = _thin_svd(row_matrix(system, free))
             values, vectors = singular.square().flip(0), vh.mT.flip(1)
         else:
-            values, vectors = _eigen(normal_matrix(system, free))
+            values, vectors = _eigen(normal_matrix(system)[free][:, free])
         rounding = RANK_ROUNDINGS * torch.finfo(values.dtype).eps * len(vectors)
         kept = values > rounding * (values[-1] if len(values) else 0.0)
         return cls(vectors[:, kept], values[kept], support, free)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,20 @@ def phase_gram(geometry: ConvGeometry, phase: Phase, h: Tensor) -> Tensor:
         gram[i + i].add_(h[u + u])
     n = math.prod(size)
     return gram.reshape(n, n)
+
+
+def input_gram(geometry: ConvGeometry, grad_output: Tensor, group: int) -> Tensor:
+    """``G`` (B*n_input, B*n_input) of one group, from those of its phases."""
+    h = output_gram(group_filters(geometry, grad_output, group))
+    batch, n = len(h), geometry.n_input
+    places = torch.arange(n, device=h.device).view(geometry.input_size)
+    gram = h.new_zeros(batch, n, batch, n)
+    for phase in geometry.phases:
+        place = places[phase_index(phase)[2:]].flatten()
+        rows = h.new_zeros(batch, len(place), batch, n)
+        rows[..., place] = phase_gram(geometry, phase, h).view(batch, len(place), batch, -1)
+        gram[:, place] = rows
+    return gram.view(batch * n, batch * n)
 
 
 def phase_rows(geometry: ConvGeometry, phase: Phase, grad_output: Tensor) -> Tensor:
@@ -195,12 +209,15 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
 POWER_STEPS, POWER_VECTORS = 4, 4
 
 
-def gram_condition(gram: Tensor, factor: PhaseFactor) -> float:
-    """Condition number of the rows, ``sqrt(lambda_max / lambda_min)`` of their Gram matrix, by powers."""
+def gram_condition(gram: Tensor, solve: Callable[[Tensor], Tensor]) -> float:
+    """Condition number of the rows, ``sqrt(lambda_max / lambda_min)`` of their Gram matrix, by powers.
+
+    `solve` applies the inverse to columns.
+    """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(gram), POWER_VECTORS, generator=generator, dtype=torch.float64).to(gram)
     largest, smallest = start, start
     for _ in range(POWER_STEPS):
         largest = gram @ (largest / largest.norm(dim=0))
-        smallest = factor.solve(smallest / smallest.norm(dim=0))
+        smallest = solve(smallest / smallest.norm(dim=0))
     return math.sqrt(float(largest.norm(dim=0).max() * smallest.norm(dim=0).max()))

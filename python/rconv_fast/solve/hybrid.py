@@ -7,6 +7,7 @@ of iterations, and that the preconditioner:
   of n unknowns, shared by all channels, leaves few iterations for the weight rows;
 * ``dissection`` when the weight rows are nearly square, hence ill-conditioned, and their factor is cheap: with a sketch
   of the gradient rows it inverts the system up to rounding, and a few iterations suffice;
+* ``inverse`` on a GPU, for systems so small that inverting ``M^T M`` takes less than a few iterations' launches;
 * ``jacobi`` otherwise, in float32 for large systems; where it has not converged when it has cost as much as a
   dissection would, the dissection takes over.
 """
@@ -24,7 +25,7 @@ from rconv_fast.solve.dense import PseudoInverse
 from rconv_fast.solve.dissection import DissectionFactor
 from rconv_fast.solve.krylov import KrylovResult, Preconditioner, Progress, refine
 from rconv_fast.solve.phases import count_phases
-from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, phase_cholesky
+from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, normal_inverse, phase_cholesky
 from rconv_fast.solve.rows import GradientRows, System, WeightRows
 from rconv_fast.solve.sketch import sketch_size
 from rconv_fast.solve.solution import Solution
@@ -39,6 +40,8 @@ NEARLY_SQUARE = 1.6
 MAX_DISSECTION_FLOPS, MAX_DISSECTION_BYTES = 1e12, 3e9
 # Dissections this small are tried first; larger ones after the Jacobi iteration has had its chance.
 CHEAP_DISSECTION_FLOPS = 5e9
+# Largest system whose normal matrix is inverted; on a CPU the other ways are faster from a few hundred values on.
+MAX_INVERTED_UNKNOWNS = {"cpu": 0, "cuda": 4096}
 # Largest system that is decided by eigenvalues when the iterations leave its rank open: half a minute on two cores
 # for one that may yet have full rank, three seconds for one that cannot.
 MAX_DENSE_UNKNOWNS, MAX_DENSE_OPEN_UNKNOWNS = 6144, 3072
@@ -79,6 +82,8 @@ def plans(system: System, rtol: float, max_iterations: int | None = None) -> Ite
     if system.count < system.unknowns:
         budget = MAX_OPEN_ITERATIONS
     budget = budget if max_iterations is None else min(budget, max_iterations)
+    if _worth_inverting(system):
+        yield Plan("inverse", 1.0, False, budget)
     if system.support is None and _coverage(system) >= GRADIENT_COVERAGE:
         # A large weight of the gradient rows costs no iterations: the preconditioner inverts them exactly.
         yield Plan("phase-cholesky", 1e3, mixed, budget)
@@ -92,6 +97,13 @@ def plans(system: System, rtol: float, max_iterations: int | None = None) -> Ite
     yield Plan("jacobi", _equal_rows(system), mixed, budget if flops > MAX_DISSECTION_FLOPS else budget // 2)
     if (not exact or flops > CHEAP_DISSECTION_FLOPS) and flops <= MAX_DISSECTION_FLOPS:
         yield by_dissection
+
+
+def _worth_inverting(system: System) -> bool:
+    """Whether the inverse of the normal matrix may exist, takes little time and keeps some digits."""
+    like = system.rhs[0]
+    small = system.unknowns <= MAX_INVERTED_UNKNOWNS.get(like.device.type, 0)
+    return small and system.count >= system.unknowns and system.support is None and like.dtype == torch.float64
 
 
 def _coverage(system: System) -> float:
@@ -146,6 +158,8 @@ def solve_hybrid(
     for plan in plans(system, rtol, max_iterations):
         balanced = balance(system, plan.gradient_weight)
         built = _build(balanced, plan)
+        if built is None:
+            continue
         result = _iterate(built, rtol, progress)
         residual = balanced.residual(result.x)
         if best is None or residual < best[1]:
@@ -198,9 +212,12 @@ class Built:
     proven: bool = False
 
 
-def _build(system: System, plan: Plan) -> Built:
-    """The planned preconditioner, or Jacobi where its factorisation fails."""
+def _build(system: System, plan: Plan) -> Built | None:
+    """The planned preconditioner, or Jacobi where its factorisation fails; None for a failed inverse."""
     dtype = torch.float32 if plan.mixed else system.rhs[0].dtype
+    if plan.preconditioner == "inverse":
+        inverse = normal_inverse(system)
+        return None if inverse is None else Built(plan, system, inverse, proven=True)
     if plan.preconditioner == "phase-cholesky":
         by_phase = phase_cholesky(system, dtype)
         if by_phase is not None:

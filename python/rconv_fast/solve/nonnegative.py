@@ -256,6 +256,10 @@ class SumRow:
         """Squares of the row."""
         return self._row.square()
 
+    def normal(self, shape: torch.Size) -> Tensor:  # noqa: ARG002 (the row has it)
+        """The row's product with itself."""
+        return torch.outer(self._row.flatten(), self._row.flatten())
+
     def scaled(self, factor: float) -> SumRow:
         """Not needed: the row joins a balanced system."""
         raise NotImplementedError

@@ -116,7 +116,7 @@ def _safe_factor(gram: Tensor, phase: Phase, channels: slice) -> tuple[PhaseFact
     if int(info) != 0:  # synchronize!
         return None, math.inf
     factor = PhaseFactor.create(phase, channels, cholesky)
-    condition = gram_condition(gram, factor)
+    condition = gram_condition(gram, factor.solve)
     return factor if condition < MAX_CHOLESKY_CONDITION else None, condition
 
 

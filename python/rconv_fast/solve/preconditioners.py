@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rconv_fast.errors import LinAlgError
+from rconv_fast.solve.dense import normal_matrix
 from rconv_fast.solve.dissection import DissectionFactor
-from rconv_fast.solve.gram import GramFactor, sum_of
+from rconv_fast.solve.gram import GramFactor, gram_condition, sum_of
 from rconv_fast.solve.krylov import Preconditioner
 from rconv_fast.solve.rows import GradientRows, System, WeightRows
 from rconv_fast.solve.sketch import SketchRows
@@ -33,6 +34,22 @@ def phase_cholesky(system: System, dtype: torch.dtype) -> Preconditioner | None:
     rest = rest.clamp_min(1e-6 * float(rest.mean()) + torch.finfo(dtype).eps * float(diagonal.mean()))
     factor = GramFactor.create([(block.geometry, block.grad_output) for block in gradient], rest, dtype)
     return None if factor.failed else factor.solve
+
+
+# Up to this condition number of M the normal matrix, whose is its square, is inverted to some digits.
+MAX_INVERTED_CONDITION = 1e6
+
+
+def normal_inverse(system: System) -> Preconditioner | None:
+    """``(M^T M)^-1`` as a matrix; None where M is not of full rank beyond doubt."""
+    normal = normal_matrix(system)
+    cholesky, info = torch.linalg.cholesky_ex(normal)
+    if int(info) != 0:  # synchronize!
+        return None
+    inverse = torch.cholesky_inverse(cholesky)
+    if not gram_condition(normal, inverse.matmul) < MAX_INVERTED_CONDITION:
+        return None
+    return lambda v: (inverse @ v.flatten()).view(v.shape)
 
 
 # Up to this (a lower bound of the) condition number a float32 factor is nonsingular beyond doubt and preconditions

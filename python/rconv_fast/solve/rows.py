@@ -1,8 +1,8 @@
 """The equations of one layer input ``x (B, C, *in)``, as blocks of rows ``M x = b`` without the matrix.
 
-Every block offers the same five things: ``apply`` (``M x``), ``adjoint`` (``M^T y``), ``diagonal``
-(of ``M^T M``), ``rhs`` (``b``) and ``count``; ``scaled`` and ``to`` give the block times a number and in
-another dtype.
+Every block offers the same six things: ``apply`` (``M x``), ``adjoint`` (``M^T y``), ``diagonal`` (of ``M^T M``),
+``normal`` (``M^T M`` itself, for small unknowns), ``rhs`` (``b``) and ``count``; ``scaled`` and ``to`` give the block
+times a number and in another dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.operators import apply_gradient, apply_weight, apply_weight_adjoint
+from rconv_fast.solve.gram import input_gram
 
 
 class Rows(Protocol):
@@ -39,6 +40,9 @@ class Rows(Protocol):
 
     def diagonal(self) -> Tensor:
         """Diagonal of ``M^T M``, in a shape that broadcasts to the unknown's."""
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """``M^T M`` (n, n) for an unknown of this shape, of n values."""
 
     def scaled(self, factor: float) -> Rows:
         """The block times `factor`, on both sides."""
@@ -111,6 +115,17 @@ class GradientRows:
         per_group = apply_weight_adjoint(geometry, self.grad_output.square(), ones)
         return per_group.repeat_interleave(self.geometry.in_channels // self.geometry.groups, dim=1)
 
+    def normal(self, shape: torch.Size) -> Tensor:
+        """``B^T B``: 0 between two channels, the same for all channels of a group."""
+        batch, channels = shape[:2]
+        n, per_group = self.geometry.n_input, channels // self.geometry.groups
+        total = self.rhs.new_zeros(batch, channels, n, batch, channels, n)
+        for group in range(self.geometry.groups):
+            gram = input_gram(self.geometry, self.grad_output, group).view(batch, n, batch, n)
+            for channel in range(group * per_group, (group + 1) * per_group):
+                total[:, channel, :, :, channel] = gram
+        return total.view(math.prod(shape), -1)
+
     def scaled(self, factor: float) -> GradientRows:
         """The block times `factor`."""
         return replace(self, grad_output=self.grad_output * factor, rhs=self.rhs * factor)
@@ -118,6 +133,10 @@ class GradientRows:
     def to(self, dtype: torch.dtype) -> GradientRows:
         """The block in another dtype."""
         return replace(self, grad_output=self.grad_output.to(dtype), rhs=self.rhs.to(dtype))
+
+
+# Columns of a normal matrix that are computed by one convolution.
+COLUMNS_TOGETHER = 512
 
 
 @dataclass(frozen=True)
@@ -157,6 +176,19 @@ class WeightRows:
     def diagonal(self) -> Tensor:
         """``sum_{f,u} W[f,c,k]^2 w[b,f,u]^2``."""
         return apply_weight_adjoint(self.geometry, self.row_weight.square(), self.weight.square())
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """``A^T w^2 A``, no sample with another, some columns at a time."""
+        batch, n = shape[0], math.prod(shape[1:])
+        total = self.rhs.new_zeros(batch, n, batch, n)
+        for first in range(0, n, COLUMNS_TOGETHER):
+            columns = slice(first, min(first + COLUMNS_TOGETHER, n))
+            units = self.rhs.new_zeros(columns.stop - first, n)
+            units[:, columns].fill_diagonal_(1)
+            outputs = apply_weight(self.geometry, units.view(-1, *shape[1:]), self.weight)
+            for b, w in enumerate(self.row_weight.square()):
+                total[b, columns, b] = apply_weight_adjoint(self.geometry, outputs * w, self.weight).flatten(1)
+        return total.view(batch * n, -1)
 
     def scaled(self, factor: float) -> WeightRows:
         """The block times `factor`."""
@@ -200,6 +232,10 @@ class PointRows:
     def diagonal(self) -> Tensor:
         """``w^2``."""
         return self.row_weight.square()
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """``w^2``."""
+        return self.diagonal().expand(shape).flatten().diag()
 
     def scaled(self, factor: float) -> PointRows:
         """The block times `factor`."""
@@ -248,6 +284,11 @@ class MapRows:
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, self.shape, generator=generator).to(self.rhs) * 2 - 1
         return self.apply(signs).square().sum() / signs.numel()
+
+    def normal(self, shape: torch.Size) -> Tensor:
+        """``M^T w^2 M``, column by column."""
+        units = torch.eye(math.prod(shape), dtype=self.rhs.dtype, device=self.rhs.device)
+        return torch.stack([self.adjoint(self.apply(unit.view(shape))).flatten() for unit in units])
 
     def scaled(self, factor: float) -> MapRows:
         """The block times `factor`."""

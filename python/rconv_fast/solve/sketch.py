@@ -62,6 +62,10 @@ class SketchRows:
         """Squared norms of the columns."""
         return self.matrix.square().sum(dim=0)
 
+    def normal(self, shape: torch.Size) -> Tensor:  # noqa: ARG002 (the matrix has it)
+        """``U^T U``."""
+        return self.matrix.flatten(1).mT @ self.matrix.flatten(1)
+
     def scaled(self, factor: float) -> SketchRows:
         """The block times `factor`."""
         return SketchRows(self.matrix * factor, self.rhs * factor)
