@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,49 +110,105 @@ def phase_rows(geometry: ConvGeometry, phase: Phase, grad_output: Tensor) -> Ten
     return rows.reshape(filters * len(windows), batch * math.prod(size))
 
 
-def gather_phase(x: Tensor, phase: Phase) -> Tensor:
-    r"""The unknowns of a phase as a matrix: (B, C, \*in) -> (B*n_positions, C)."""
-    part = x[phase_index(phase)]
-    return part.movedim(1, -1).reshape(-1, x.shape[1])
+# Bytes of the Gram matrices that are factored in one call: small ones share its overhead, large ones memory only.
+STACK_BYTES = 1 << 27
 
 
-def scatter_phase(x: Tensor, phase: Phase, values: Tensor) -> None:
-    """Write `values` (B*n_positions, C) back to the phase's positions of ``x (B, C, *in)``."""
-    part = x[phase_index(phase)]
-    part.copy_(values.reshape(len(x), *part.shape[2:], x.shape[1]).movedim(-1, 1))
+@dataclass(frozen=True)
+class PhaseStack:
+    """Stride phases of as many positions each, for the channels of one group.
+
+    Attributes
+    ----------
+    phases : tuple of Phase
+        The m phases.
+    group : int
+        The group.
+    channels : slice
+        Its input channels.
+    places : Tensor, shape (m, n_positions)
+        Flat input positions of each.
+    """
+
+    phases: tuple[Phase, ...]
+    group: int
+    channels: slice
+    places: Tensor
+
+    @classmethod
+    def create(cls, geometry: ConvGeometry, phases: Sequence[Phase], group: int, device: torch.device) -> PhaseStack:
+        """From phases with equally many positions."""
+        every = torch.arange(geometry.n_input, device=device).view(geometry.input_size)
+        places = torch.stack([every[phase_index(phase)[2:]].flatten() for phase in phases])
+        per_group = geometry.in_channels // geometry.groups
+        return cls(tuple(phases), group, slice(group * per_group, (group + 1) * per_group), places)
+
+    def only(self, kept: Sequence[bool]) -> PhaseStack:
+        """Some of the phases."""
+        index = [i for i, keep in enumerate(kept) if keep]
+        return replace(self, phases=tuple(self.phases[i] for i in index), places=self.places[index])
+
+    def gather(self, x: Tensor) -> Tensor:
+        r"""The phases' unknowns as matrices: (B, C, \*in) -> (m, B*n_positions, C/groups)."""
+        part = x.flatten(2)[:, self.channels, self.places]  # (B, C/groups, m, n_positions)
+        return part.permute(2, 0, 3, 1).flatten(1, 2)
+
+    def scatter(self, x: Tensor, values: Tensor) -> None:
+        """Write `values` (m, B*n_positions, C/groups) back to the phases' positions of ``x (B, C, *in)``."""
+        part = values.unflatten(1, (len(x), -1)).permute(1, 3, 0, 2)
+        x.view(*x.shape[:2], -1)[:, self.channels, self.places] = part
 
 
-# On a GPU a float64 phase of up to this many unknowns is inverted: a product is one step, a triangular solve takes the
+def phase_stacks(
+    geometry: ConvGeometry, phases: Iterable[Phase], group: int, grad_output: Tensor
+) -> Iterator[PhaseStack]:
+    """Sort phases by their size; the Gram matrices of a stack fit into `STACK_BYTES`, if there are several."""
+    by_size: dict[int, list[Phase]] = {}
+    for phase in phases:
+        by_size.setdefault(phase.n_positions, []).append(phase)
+    for n_positions, equal in by_size.items():
+        each = (len(grad_output) * n_positions) ** 2 * grad_output.element_size()
+        together = max(1, STACK_BYTES // max(1, each))
+        for first in range(0, len(equal), together):
+            yield PhaseStack.create(geometry, equal[first : first + together], group, grad_output.device)
+
+
+# On a GPU float64 phases of up to this many unknowns are inverted: a product is one step, a triangular solve takes the
 # rows one after the other. All uses correct what the inverse's rounding leaves, as they do for the factor's.
 MAX_INVERTED = {"cpu": 0, "cuda": 4096}
 
 
 @dataclass(frozen=True)
 class PhaseFactor:
-    """``(G + shift)^-1`` of one phase of one group; matrix: the Cholesky factor, or the inverse itself."""
+    """``(G + shift)^-1`` of a stack's phases; matrix (m, n, n): the Cholesky factors, or the inverses themselves."""
 
-    phase: Phase
-    channels: slice
+    stack: PhaseStack
     matrix: Tensor
     inverted: bool
 
     @classmethod
-    def create(cls, phase: Phase, channels: slice, cholesky: Tensor) -> PhaseFactor:
-        """From the lower Cholesky factor of ``G + shift``."""
-        inverted = cholesky.dtype == torch.float64 and len(cholesky) <= MAX_INVERTED.get(cholesky.device.type, 0)
-        return cls(phase, channels, torch.cholesky_inverse(cholesky) if inverted else cholesky, inverted)
+    def create(cls, stack: PhaseStack, cholesky: Tensor) -> PhaseFactor:
+        """From the lower Cholesky factors of ``G + shift``."""
+        small = cholesky.shape[-1] <= MAX_INVERTED.get(cholesky.device.type, 0)
+        inverted = small and cholesky.dtype == torch.float64
+        return cls(stack, torch.cholesky_inverse(cholesky) if inverted else cholesky, inverted)
+
+    def only(self, kept: Sequence[bool]) -> PhaseFactor:
+        """That of some of the phases."""
+        if all(kept):
+            return self
+        return replace(self, stack=self.stack.only(kept), matrix=self.matrix[[i for i, k in enumerate(kept) if k]])
 
     def solve(self, v: Tensor) -> Tensor:
-        """``(G + shift)^-1 v``, v (B*n_positions, C/groups)."""
+        """``(G + shift)^-1 v``, v (m, B*n_positions, columns)."""
         return self.matrix @ v if self.inverted else torch.cholesky_solve(v, self.matrix)
 
 
 @dataclass(frozen=True)
 class GramFactor:
-    """``(B^T B + shift)^-1`` for all phases, groups, channels; ``failed``: phases that are not definite."""
+    """``(B^T B + shift)^-1`` for all phases, groups, channels; phases of which there is no factor get 0."""
 
     factors: tuple[PhaseFactor, ...]
-    failed: tuple[Phase, ...]
 
     @classmethod
     def create(
@@ -160,8 +216,8 @@ class GramFactor:
         blocks: Sequence[tuple[ConvGeometry, Tensor]],
         shift: Tensor | None = None,
         dtype: torch.dtype | None = None,
-    ) -> GramFactor:
-        r"""Factor the sum of the blocks' Gram matrices, phase by phase.
+    ) -> GramFactor | None:
+        r"""Factor the sum of the blocks' Gram matrices, phase by phase; None where one is not positive definite.
 
         Parameters
         ----------
@@ -172,30 +228,30 @@ class GramFactor:
         dtype : torch.dtype, optional
             Of the factors.
         """
-        geometry = blocks[0][0]
-        factors, failed = [], []
-        per_group = geometry.in_channels // geometry.groups
+        geometry, main = blocks[0]
+        factors = []
         for group in range(geometry.groups):
-            channels = slice(group * per_group, (group + 1) * per_group)
-            grams = [output_gram(group_filters(g, grad_output, group)) for g, grad_output in blocks]
-            for index, phase in enumerate(geometry.phases):
-                gram = sum_of(phase_gram(g, g.phases[index], h) for (g, _), h in zip(blocks, grams, strict=True))
+            hs = [output_gram(group_filters(g, grad_output, group)) for g, grad_output in blocks]
+            for stack in phase_stacks(geometry, geometry.phases, group, main):
+                indices = [geometry.phases.index(phase) for phase in stack.phases]
+                gram = sum_of(
+                    torch.stack([phase_gram(g, g.phases[index], h) for index in indices])
+                    for (g, _), h in zip(blocks, hs, strict=True)
+                )
                 if shift is not None:
-                    gram.diagonal().add_(gather_phase(shift[:, channels], phase).mean(dim=1))
+                    gram.diagonal(dim1=1, dim2=2).add_(stack.gather(shift).mean(dim=2))
                 factor, info = torch.linalg.cholesky_ex(gram if dtype is None else gram.to(dtype))
-                if int(info) != 0:  # synchronize!
-                    failed.append(phase)
-                else:
-                    factors.append(PhaseFactor.create(phase, channels, factor))
-        return cls(tuple(factors), tuple(failed))
+                if bool(info.any()):  # synchronize!
+                    return None
+                factors.append(PhaseFactor.create(stack, factor))
+        return cls(tuple(factors))
 
     def solve(self, v: Tensor) -> Tensor:
-        """Apply the inverse to ``v (B, C, *in)``; phases that failed get 0."""
-        x = torch.zeros_like(v)
+        """Apply the inverse to ``v (B, C, *in)``."""
+        x = v.new_zeros(v.shape)
         for factor in self.factors:
-            part = gather_phase(v[:, factor.channels], factor.phase)
-            solved = factor.solve(part.to(factor.matrix.dtype))
-            scatter_phase(x[:, factor.channels], factor.phase, solved.to(v.dtype))
+            solved = factor.solve(factor.stack.gather(v).to(factor.matrix.dtype))
+            factor.stack.scatter(x, solved.to(v.dtype))
         return x
 
 
@@ -209,15 +265,26 @@ def sum_of(parts: Iterable[Tensor]) -> Tensor:
 POWER_STEPS, POWER_VECTORS = 4, 4
 
 
-def gram_condition(gram: Tensor, solve: Callable[[Tensor], Tensor]) -> float:
+def gram_condition(gram: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
     """Condition number of the rows, ``sqrt(lambda_max / lambda_min)`` of their Gram matrix, by powers.
 
-    `solve` applies the inverse to columns.
+    Parameters
+    ----------
+    gram : Tensor, shape (..., n, n)
+        One or several.
+    solve : callable
+        Applies their inverses to columns.
+
+    Returns
+    -------
+    Tensor, shape (...)
+        The condition numbers.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(gram), POWER_VECTORS, generator=generator, dtype=torch.float64).to(gram)
-    largest, smallest = start, start
+    start = torch.randn(gram.shape[-1], POWER_VECTORS, generator=generator, dtype=torch.float64)
+    largest = smallest = start.to(gram).expand(*gram.shape[:-1], POWER_VECTORS)
     for _ in range(POWER_STEPS):
-        largest = gram @ (largest / largest.norm(dim=0))
-        smallest = solve(smallest / smallest.norm(dim=0))
-    return math.sqrt(float(largest.norm(dim=0).max() * smallest.norm(dim=0).max()))
+        largest = gram @ (largest / largest.norm(dim=-2, keepdim=True))
+        smallest = solve(smallest / smallest.norm(dim=-2, keepdim=True))
+    squared: Tensor = largest.norm(dim=-2).amax(-1) * smallest.norm(dim=-2).amax(-1)
+    return squared.sqrt()

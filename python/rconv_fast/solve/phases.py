@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rconv_fast.geometry import Phase
+from rconv_fast.geometry import ConvGeometry, Phase
 from rconv_fast.solve.dense import solve_rank_revealing
 from rconv_fast.solve.gram import (
+    STACK_BYTES,
     GramFactor,
     PhaseFactor,
-    gather_phase,
+    PhaseStack,
     gram_condition,
     group_filters,
     output_gram,
     phase_gram,
-    phase_index,
     phase_rows,
-    scatter_phase,
+    phase_stacks,
     tap_windows,
 )
 from rconv_fast.solve.krylov import refine
@@ -53,12 +54,12 @@ def count_phases(rows: GradientRows) -> list[PhaseCount]:
 
 
 def direct_bytes(rows: GradientRows) -> int:
-    """Memory that `solve_by_phases` will take: H, one Gram matrix and its copy, the factors of all phases."""
-    geometry, batch = rows.geometry, len(rows.grad_output)
-    output_gram_size = (batch * geometry.n_output) ** 2
-    phase_sizes = [(batch * phase.n_positions) ** 2 for phase in geometry.phases]
-    values = output_gram_size + 2 * max(phase_sizes) + geometry.groups * sum(phase_sizes)
-    return rows.rhs.element_size() * values
+    """Memory that `solve_by_phases` will take: H, a stack of Gram matrices and its copy, the factors of all phases."""
+    geometry, batch, element = rows.geometry, len(rows.grad_output), rows.rhs.element_size()
+    output_gram_bytes = element * (batch * geometry.n_output) ** 2
+    phase_bytes = [element * (batch * phase.n_positions) ** 2 for phase in geometry.phases]
+    stack_bytes = max(*phase_bytes, min(sum(phase_bytes), STACK_BYTES))
+    return output_gram_bytes + 2 * stack_bytes + geometry.groups * sum(phase_bytes)
 
 
 def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solution:
@@ -68,34 +69,32 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
     determined = torch.ones(shape, dtype=torch.bool, device=x.device)
     factors: list[PhaseFactor] = []
     rank, condition = 0, 1.0
-    counts = iter(count_phases(rows))
+    counts, n_phases = count_phases(rows), len(geometry.phases)
     for group in range(geometry.groups):
-        channels = slice(group * per_group, (group + 1) * per_group)
+        of_group = counts[group * n_phases : (group + 1) * n_phases]
         grad_output = group_filters(geometry, rows.grad_output, group)
-        h = output_gram(grad_output)
-        for phase in geometry.phases:
-            count = next(counts)
-            if count.rows >= count.unknowns:
-                factor, kappa = _safe_factor(phase_gram(geometry, phase, h), phase, channels)
-                if factor is not None:
-                    factors.append(factor)
-                    rank, condition = rank + count.unknowns * per_group, max(condition, kappa)
-                    continue
+        found = _factor_group(geometry, grad_output, group, [c.phase for c in of_group if c.rows >= c.unknowns])
+        factors += [factor for factor, _ in found]
+        rank += sum(factor.matrix.shape[:2].numel() for factor, _ in found) * per_group
+        condition = max([condition, *(kappa for _, kappa in found)])
+        done = {phase for factor, _ in found for phase in factor.stack.phases}
+        for phase in (c.phase for c in of_group if c.phase not in done):
+            stack = PhaseStack.create(geometry, [phase], group, x.device)
             matrix = phase_rows(geometry, phase, grad_output)
             dense = solve_rank_revealing(matrix, _phase_rhs(rows, phase, group), rtol)
-            scatter_phase(x[:, channels], phase, dense.x)
-            fixed = determined[:, channels][phase_index(phase)]
-            fixed &= dense.determined.reshape(shape[0], 1, *(len(p) for p in phase.positions))
+            stack.scatter(x, dense.x[None])
+            stack.scatter(determined, dense.determined[None, :, None].expand(-1, -1, per_group))
             rank, condition = rank + dense.rank * per_group, max(condition, dense.condition)
     system = System(shape, (rows,))
     iterations = 0
     if factors:
-        inverse = GramFactor(tuple(factors), ())
+        inverse = GramFactor(tuple(factors))
         rhs = [rows.rhs - rows.apply(x)]
         result = refine(system, inverse.solve, rhs=rhs, inner_rtol=1e-12, rtol=rtol, max_iterations=30)
-        for part in factors:  # the SVD's phases keep their minimum-norm values
-            scatter_phase(x[:, part.channels], part.phase, gather_phase(result.x[:, part.channels], part.phase))
+        for factor in factors:  # the SVD's phases keep their minimum-norm values
+            factor.stack.scatter(x, factor.stack.gather(result.x))
         iterations = result.iterations
+    direct = sum(len(factor.stack.phases) for factor in factors) == len(counts)
     return Solution(
         x=x,
         rank=rank,
@@ -104,20 +103,29 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
         determined=determined,
         residual=system.residual(x),
         condition=condition,
-        solver="phase-cholesky" if len(factors) == geometry.groups * len(geometry.phases) else "phase-svd",
+        solver="phase-cholesky" if direct else "phase-svd",
         converged=True,
         iterations=iterations,
     )
 
 
-def _safe_factor(gram: Tensor, phase: Phase, channels: slice) -> tuple[PhaseFactor | None, float]:
-    """The factor of a phase's Gram matrix and the condition of its rows; None where it would be too inexact."""
-    cholesky, info = torch.linalg.cholesky_ex(gram)
-    if int(info) != 0:  # synchronize!
-        return None, math.inf
-    factor = PhaseFactor.create(phase, channels, cholesky)
-    condition = gram_condition(gram, factor.solve)
-    return factor if condition < MAX_CHOLESKY_CONDITION else None, condition
+def _factor_group(
+    geometry: ConvGeometry, grad_output: Tensor, group: int, phases: list[Phase]
+) -> list[tuple[PhaseFactor, float]]:
+    """The factors of those phases of one group whose rows are well conditioned, and their largest condition."""
+    h = output_gram(grad_output)
+    found = []
+    for stack in phase_stacks(geometry, phases, group, grad_output):
+        gram = torch.stack([phase_gram(geometry, phase, h) for phase in stack.phases])
+        cholesky, info = torch.linalg.cholesky_ex(gram)
+        definite = info == 0
+        one = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        factor = PhaseFactor.create(stack, torch.where(definite[:, None, None], cholesky, one))
+        conditions = torch.where(definite, gram_condition(gram, factor.solve), math.inf).tolist()  # synchronize!
+        kept = [kappa < MAX_CHOLESKY_CONDITION for kappa in conditions]
+        if any(kept):
+            found.append((factor.only(kept), max(itertools.compress(conditions, kept))))
+    return found
 
 
 def _phase_rhs(rows: GradientRows, phase: Phase, group: int) -> Tensor:

@@ -33,7 +33,7 @@ def phase_cholesky(system: System, dtype: torch.dtype) -> Preconditioner | None:
     rest = diagonal - sum_of(block.diagonal() for block in gradient)
     rest = rest.clamp_min(1e-6 * float(rest.mean()) + torch.finfo(dtype).eps * float(diagonal.mean()))
     factor = GramFactor.create([(block.geometry, block.grad_output) for block in gradient], rest, dtype)
-    return None if factor.failed else factor.solve
+    return None if factor is None else factor.solve
 
 
 # Up to this condition number of M the normal matrix, whose is its square, is inverted to some digits.
@@ -47,7 +47,7 @@ def normal_inverse(system: System) -> Preconditioner | None:
     if int(info) != 0:  # synchronize!
         return None
     inverse = torch.cholesky_inverse(cholesky)
-    if not gram_condition(normal, inverse.matmul) < MAX_INVERTED_CONDITION:
+    if not float(gram_condition(normal, inverse.matmul)) < MAX_INVERTED_CONDITION:
         return None
     return lambda v: (inverse @ v.flatten()).view(v.shape)
 
