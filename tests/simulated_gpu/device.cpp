@@ -55,6 +55,7 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   void record(void**, Stream const&, DeviceIndex, c10::EventFlag) const override {}
   void block(void*, Stream const&) const override {}
   bool queryEvent(void*) const override { return true; }
+  void synchronizeDevice(DeviceIndex) const override {}
 };
 
 struct Allocator final : c10::Allocator {
