@@ -2,9 +2,9 @@
 
 Every attack stands beside the same on the CPU, every builder beside a copy on the device of as many bytes as its
 matrix has (a copy reads what it writes, so it moves twice as many), both called and replayed from a CUDA graph, which
-leaves the host's part out: small matrices take a GPU less time than calling it. ``--filter roofline/`` compares the stages with
-the bandwidth and the flops measured in the same run, on a CPU too. The functions take the device: with "cpu" the
-whole set but for cupy's part runs without a GPU.
+leaves the host's part out: small matrices take a GPU less time than calling it. ``--filter roofline/`` compares the
+stages with the bandwidth and the flops measured in the same run, on a CPU too. The functions take the device: with
+"cpu" the whole set but for cupy's part and the replays runs without a GPU.
 """
 
 from __future__ import annotations

@@ -153,12 +153,15 @@ def of_gpu_attacks(results: list[Result]) -> str:
 
 
 def of_gpu_builders(results: list[Result]) -> str:
-    """A copy reads what it writes: of equal bytes written, it moves twice as many."""
+    """A copy reads what it writes: of equal bytes written, it moves twice as many. A replay is the device's time alone."""
     rows = []
     for r in results:
         _, _, matrix, size = r["name"].split("/")
         others = dict(r["references"])
         ratio = others.pop("device copy of the same bytes", {}).get("ratio")
+        replayed = [
+            others.pop(f"{what}, replayed", {}).get("median") for what in ("device copy of the same bytes", "ours")
+        ]
         rows.append(
             [
                 matrix,
@@ -167,10 +170,11 @@ def of_gpu_builders(results: list[Result]) -> str:
                 f"{r['gb_per_s']:.0f} GB/s" if "gb_per_s" in r else "-",
                 "-" if ratio is None else f"{ratio:.2f}",
                 "-" if ratio is None else f"{ratio / 2:.2f}",
+                f"{replayed[0] / replayed[1]:.2f}" if all(replayed) else "-",
                 beside(others),
             ]
         )
-    shares = ["bytes written / a copy's", "bytes moved / a copy's"]
+    shares = ["bytes written / a copy's", "bytes moved / a copy's", "written / a copy's, both replayed"]
     return table(["matrix", "size", "ours", "written", *shares, "others"], rows)
 
 
