@@ -153,7 +153,7 @@ def of_gpu_attacks(results: list[Result]) -> str:
 
 
 def of_gpu_builders(results: list[Result]) -> str:
-    """A copy reads what it writes: of equal bytes written, it moves twice as many. A replay is the device's time alone."""
+    """A copy reads what it writes: of equal bytes written, it moves twice as many. A replay leaves out the host."""
     rows = []
     for r in results:
         _, _, matrix, size = r["name"].split("/")
