@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -52,9 +53,12 @@ def tap_windows(geometry: ConvGeometry, phase: Phase) -> list[TapWindow]:
     return found
 
 
-def phase_index(phase: Phase) -> Window:
-    """Index of the phase's positions in an unknown (B, C, *in)."""
-    return (slice(None), slice(None), *(slice(p.start, p.stop, p.step) for p in phase.positions))
+@lru_cache(maxsize=256)
+def phase_places(geometry: ConvGeometry, phases: tuple[Phase, ...], device: torch.device) -> Tensor:
+    """Flat input positions of phases with equally many, (phases, n_positions)."""
+    places = torch.arange(geometry.n_input, device=device).view(geometry.input_size)
+    windows = [tuple(slice(p.start, p.stop, p.step) for p in phase.positions) for phase in phases]
+    return torch.stack([places[window].flatten() for window in windows])
 
 
 def group_filters(geometry: ConvGeometry, grad_output: Tensor, group: int) -> Tensor:
@@ -87,10 +91,9 @@ def input_gram(geometry: ConvGeometry, grad_output: Tensor, group: int) -> Tenso
     """``G`` (B*n_input, B*n_input) of one group, from those of its phases."""
     h = output_gram(group_filters(geometry, grad_output, group))
     batch, n = len(h), geometry.n_input
-    places = torch.arange(n, device=h.device).view(geometry.input_size)
     gram = h.new_zeros(batch, n, batch, n)
     for phase in geometry.phases:
-        place = places[phase_index(phase)[2:]].flatten()
+        (place,) = phase_places(geometry, (phase,), h.device)
         rows = h.new_zeros(batch, len(place), batch, n)
         rows[..., place] = phase_gram(geometry, phase, h).view(batch, len(place), batch, -1)
         gram[:, place] = rows
@@ -108,151 +111,6 @@ def phase_rows(geometry: ConvGeometry, phase: Phase, grad_output: Tensor) -> Ten
         outputs = grad_output[everything + window.outputs]
         rows[:, t][everything + window.positions] = outputs.transpose(0, 1)
     return rows.reshape(filters * len(windows), batch * math.prod(size))
-
-
-# Bytes of the Gram matrices that are factored in one call: small ones share its overhead, large ones memory only.
-STACK_BYTES = 1 << 27
-
-
-@dataclass(frozen=True)
-class PhaseStack:
-    """Stride phases of as many positions each, for the channels of one group.
-
-    Attributes
-    ----------
-    phases : tuple of Phase
-        The m phases.
-    group : int
-        The group.
-    channels : slice
-        Its input channels.
-    places : Tensor, shape (m, n_positions)
-        Flat input positions of each.
-    """
-
-    phases: tuple[Phase, ...]
-    group: int
-    channels: slice
-    places: Tensor
-
-    @classmethod
-    def create(cls, geometry: ConvGeometry, phases: Sequence[Phase], group: int, device: torch.device) -> PhaseStack:
-        """From phases with equally many positions."""
-        every = torch.arange(geometry.n_input, device=device).view(geometry.input_size)
-        places = torch.stack([every[phase_index(phase)[2:]].flatten() for phase in phases])
-        per_group = geometry.in_channels // geometry.groups
-        return cls(tuple(phases), group, slice(group * per_group, (group + 1) * per_group), places)
-
-    def only(self, kept: Sequence[bool]) -> PhaseStack:
-        """Some of the phases."""
-        index = [i for i, keep in enumerate(kept) if keep]
-        return replace(self, phases=tuple(self.phases[i] for i in index), places=self.places[index])
-
-    def gather(self, x: Tensor) -> Tensor:
-        r"""The phases' unknowns as matrices: (B, C, \*in) -> (m, B*n_positions, C/groups)."""
-        part = x.flatten(2)[:, self.channels, self.places]  # (B, C/groups, m, n_positions)
-        return part.permute(2, 0, 3, 1).flatten(1, 2)
-
-    def scatter(self, x: Tensor, values: Tensor) -> None:
-        """Write `values` (m, B*n_positions, C/groups) back to the phases' positions of ``x (B, C, *in)``."""
-        part = values.unflatten(1, (len(x), -1)).permute(1, 3, 0, 2)
-        x.view(*x.shape[:2], -1)[:, self.channels, self.places] = part
-
-
-def phase_stacks(
-    geometry: ConvGeometry, phases: Iterable[Phase], group: int, grad_output: Tensor
-) -> Iterator[PhaseStack]:
-    """Sort phases by their size; the Gram matrices of a stack fit into `STACK_BYTES`, if there are several."""
-    by_size: dict[int, list[Phase]] = {}
-    for phase in phases:
-        by_size.setdefault(phase.n_positions, []).append(phase)
-    for n_positions, equal in by_size.items():
-        each = (len(grad_output) * n_positions) ** 2 * grad_output.element_size()
-        together = max(1, STACK_BYTES // max(1, each))
-        for first in range(0, len(equal), together):
-            yield PhaseStack.create(geometry, equal[first : first + together], group, grad_output.device)
-
-
-# On a GPU float64 phases of up to this many unknowns are inverted: a product is one step, a triangular solve takes the
-# rows one after the other. All uses correct what the inverse's rounding leaves, as they do for the factor's.
-MAX_INVERTED = {"cpu": 0, "cuda": 4096}
-
-
-@dataclass(frozen=True)
-class PhaseFactor:
-    """``(G + shift)^-1`` of a stack's phases; matrix (m, n, n): the Cholesky factors, or the inverses themselves."""
-
-    stack: PhaseStack
-    matrix: Tensor
-    inverted: bool
-
-    @classmethod
-    def create(cls, stack: PhaseStack, cholesky: Tensor) -> PhaseFactor:
-        """From the lower Cholesky factors of ``G + shift``."""
-        small = cholesky.shape[-1] <= MAX_INVERTED.get(cholesky.device.type, 0)
-        inverted = small and cholesky.dtype == torch.float64
-        return cls(stack, torch.cholesky_inverse(cholesky) if inverted else cholesky, inverted)
-
-    def only(self, kept: Sequence[bool]) -> PhaseFactor:
-        """That of some of the phases."""
-        if all(kept):
-            return self
-        return replace(self, stack=self.stack.only(kept), matrix=self.matrix[[i for i, k in enumerate(kept) if k]])
-
-    def solve(self, v: Tensor) -> Tensor:
-        """``(G + shift)^-1 v``, v (m, B*n_positions, columns)."""
-        return self.matrix @ v if self.inverted else torch.cholesky_solve(v, self.matrix)
-
-
-@dataclass(frozen=True)
-class GramFactor:
-    """``(B^T B + shift)^-1`` for all phases, groups, channels; phases of which there is no factor get 0."""
-
-    factors: tuple[PhaseFactor, ...]
-
-    @classmethod
-    def create(
-        cls,
-        blocks: Sequence[tuple[ConvGeometry, Tensor]],
-        shift: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> GramFactor | None:
-        r"""Factor the sum of the blocks' Gram matrices, phase by phase; None where one is not positive definite.
-
-        Parameters
-        ----------
-        blocks : sequence of (ConvGeometry, Tensor)
-            Geometry and output gradients; all of one stride and number of groups, so that their phases agree.
-        shift : Tensor, optional
-            Added to the diagonal; broadcasts to (B, C, \*in) and is averaged over a group's channels.
-        dtype : torch.dtype, optional
-            Of the factors.
-        """
-        geometry, main = blocks[0]
-        factors = []
-        for group in range(geometry.groups):
-            hs = [output_gram(group_filters(g, grad_output, group)) for g, grad_output in blocks]
-            for stack in phase_stacks(geometry, geometry.phases, group, main):
-                indices = [geometry.phases.index(phase) for phase in stack.phases]
-                gram = sum_of(
-                    torch.stack([phase_gram(g, g.phases[index], h) for index in indices])
-                    for (g, _), h in zip(blocks, hs, strict=True)
-                )
-                if shift is not None:
-                    gram.diagonal(dim1=1, dim2=2).add_(stack.gather(shift).mean(dim=2))
-                factor, info = torch.linalg.cholesky_ex(gram if dtype is None else gram.to(dtype))
-                if bool(info.any()):  # synchronize!
-                    return None
-                factors.append(PhaseFactor.create(stack, factor))
-        return cls(tuple(factors))
-
-    def solve(self, v: Tensor) -> Tensor:
-        """Apply the inverse to ``v (B, C, *in)``."""
-        x = v.new_zeros(v.shape)
-        for factor in self.factors:
-            solved = factor.solve(factor.stack.gather(v).to(factor.matrix.dtype))
-            factor.stack.scatter(x, solved.to(v.dtype))
-        return x
 
 
 def sum_of(parts: Iterable[Tensor]) -> Tensor:

@@ -11,20 +11,9 @@ from torch import Tensor
 
 from rconv_fast.geometry import ConvGeometry, Phase
 from rconv_fast.solve.dense import solve_rank_revealing
-from rconv_fast.solve.gram import (
-    STACK_BYTES,
-    GramFactor,
-    PhaseFactor,
-    PhaseStack,
-    gram_condition,
-    group_filters,
-    output_gram,
-    phase_gram,
-    phase_rows,
-    phase_stacks,
-    tap_windows,
-)
+from rconv_fast.solve.gram import gram_condition, group_filters, output_gram, phase_gram, phase_rows, tap_windows
 from rconv_fast.solve.krylov import refine
+from rconv_fast.solve.phase_factors import STACK_BYTES, GramFactor, PhaseFactor, PhaseStack, phase_stacks
 from rconv_fast.solve.rows import GradientRows, System
 from rconv_fast.solve.solution import Solution
 
