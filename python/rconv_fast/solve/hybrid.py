@@ -26,7 +26,7 @@ from rconv_fast.solve.dissection import DissectionFactor
 from rconv_fast.solve.krylov import KrylovResult, Preconditioner, Progress, refine
 from rconv_fast.solve.phases import count_phases
 from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, normal_inverse, phase_cholesky
-from rconv_fast.solve.rows import GradientRows, System, WeightRows
+from rconv_fast.solve.rows import GradientRows, MapRows, System, WeightRows
 from rconv_fast.solve.sketch import sketch_size
 from rconv_fast.solve.solution import Solution
 
@@ -102,8 +102,11 @@ def plans(system: System, rtol: float, max_iterations: int | None = None) -> Ite
 def _worth_inverting(system: System) -> bool:
     """Whether the inverse of the normal matrix may exist, takes little time and keeps some digits."""
     like = system.rhs[0]
-    small = system.unknowns <= MAX_INVERTED_UNKNOWNS.get(like.device.type, 0)
-    return small and system.count >= system.unknowns and system.support is None and like.dtype == torch.float64
+    if system.support is not None or like.dtype != torch.float64:
+        return False
+    if any(isinstance(block, MapRows) for block in system.blocks):  # known by products only, one for each column
+        return False
+    return system.unknowns <= MAX_INVERTED_UNKNOWNS.get(like.device.type, 0) and system.count >= system.unknowns
 
 
 def _coverage(system: System) -> float:
@@ -151,7 +154,7 @@ def solve_hybrid(
     With `max_iterations`, nothing is said to be determined where they did not suffice.
     """
     open_anyway = system.count < system.unknowns
-    exact = system.unknowns <= (MAX_DENSE_OPEN_UNKNOWNS if open_anyway else MAX_DENSE_UNKNOWNS)
+    exact = math.prod(system.shape) <= (MAX_DENSE_OPEN_UNKNOWNS if open_anyway else MAX_DENSE_UNKNOWNS)
     if exact and open_anyway:
         return _solve_dense(balance(system, 1.0), rtol)
     best: tuple[KrylovResult, float, Built, System] | None = None
