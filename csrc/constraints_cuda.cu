@@ -86,19 +86,20 @@ struct Cursor {
   }
 };
 
-// A position in an array that moves by `steps` with the indices of a cursor. On the way it may
-// leave the array, so it is counted without a sign, which may wrap.
+// A position in an array, `origin` for plane 0 and e = 0, that moves by `steps` with the indices of
+// a cursor. On the way it may leave the array, so it is counted without a sign, which may wrap.
 template <class Int>
 struct Track {
   using Word = std::make_unsigned_t<Int>;
   Word at, stride, carried[kAxes];
 
-  __device__ Track(Cursor<Int> const& c, BasicSteps<Int> const& steps, Int corner)
-      : at(corner + Word(c.plane) * Word(steps.plane)),
+  __device__ Track(Cursor<Int> const& c, BasicBox<Int> const& box, BasicSteps<Int> const& steps,
+                   Int origin)
+      : at(origin + Word(c.plane) * Word(steps.plane)),
         stride(Word(c.stride_plane) * Word(steps.plane)) {
     for (int a = 0; a < kAxes; ++a) {
       Word const step = steps.e[a], up = a > 0 ? steps.e[a - 1] : steps.plane;
-      at += Word(c.digit[a]) * step;
+      at += Word(box.range[a].begin + c.digit[a]) * step;
       stride += Word(c.stride[a]) * step;
       carried[a] = up - Word(c.size[a]) * step;
     }
@@ -114,16 +115,12 @@ struct Track {
 template <class Int>
 __device__ Track<Int> columns(BasicLayout<Int> const& layout, BasicBox<Int> const& box,
                               Cursor<Int> const& cursor) {
-  BasicRange<Int> const* e = box.range;
-  Int const corner = column_of(layout, box, Int(0), e[0].begin, e[1].begin, e[2].begin);
-  return {cursor, layout.column_steps(), corner};
+  return {cursor, box, layout.column_steps(), box.column};
 }
 template <class Int>
 __device__ Track<Int> sources(BasicLayout<Int> const& layout, BasicBox<Int> const& box,
                               Cursor<Int> const& cursor) {
-  BasicRange<Int> const* e = box.range;
-  Int const corner = source_of(layout, box, Int(0), e[0].begin, e[1].begin, e[2].begin);
-  return {cursor, layout.source_steps(), corner};
+  return {cursor, box, layout.source_steps(), box.source};
 }
 
 // Calls store(j, position) for every entry j of the rows that are kept, with its position on the
