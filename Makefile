@@ -7,6 +7,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 DRY_RUN ?=
+OFFLINE ?=
 
 BIN := .venv/bin
 CUDA_SITE := build/cuda
@@ -66,8 +67,9 @@ bench: .venv/installed ## measure on this machine (BENCH_ARGS="--filter gradient
 
 # On a machine with a GPU: build, test, check the kernels, measure. DRY_RUN=1 does what needs no GPU (build, collect
 # the tests, run the GPU benchmarks' functions, build small matrices, time stages on the CPU) and prints the rest. On
-# the GPU 0.2 seconds hold thousands of runs of a kernel; BENCH_ARGS="--seconds 1" takes longer.
-GPU_PYTHON := PYTHONPATH=$(CUDA_SITE) $(BIN)/python
+# the GPU 0.2 seconds hold thousands of runs of a kernel; BENCH_ARGS="--seconds 1" takes longer. OFFLINE=1 fetches nothing:
+# for a machine whose own PYTHON has torch for its GPU, scikit-build-core, pybind11 and all that pyproject.toml names.
+GPU_PYTHON := PYTHONPATH=$(CUDA_SITE) $(if $(OFFLINE),$(PYTHON),$(BIN)/python)
 SANITIZER := compute-sanitizer --target-processes all --error-exitcode 1
 gpu-check: $(CUDA_SITE)/installed ## the whole check on a GPU (DRY_RUN=1 without one)
 ifneq ($(DRY_RUN),)
@@ -116,7 +118,8 @@ clean: ## remove everything that was built
 		--config-settings=cmake.define.RCONV_CUDA=$(RCONV_CUDA) ".[test,lint]"
 	@touch $@
 
-$(CUDA_SITE)/installed: .venv/installed
-	$(PIP_INSTALL) --no-deps --upgrade --target $(CUDA_SITE) \
+$(CUDA_SITE)/installed: $(if $(OFFLINE),$(SOURCES),.venv/installed)
+	$(if $(OFFLINE),$(PYTHON) -m pip install --no-index --no-build-isolation,$(PIP_INSTALL)) \
+		--no-deps --upgrade --target $(CUDA_SITE) \
 		--config-settings=build-dir=build/cuda-cmake --config-settings=cmake.define.RCONV_CUDA=ON .
 	@touch $@
