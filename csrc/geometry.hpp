@@ -179,7 +179,6 @@ RCONV_HD Int source_of(BasicLayout<Int> const& layout, BasicBox<Int> const& box,
   return box.source + layout.source_steps().at(plane, e0, e1, e2);
 }
 
-using Range = BasicRange<int64_t>;
 using Axis = BasicAxis<int64_t>;
 using Row = BasicRow<int64_t>;
 using Layout = BasicLayout<int64_t>;

@@ -150,4 +150,4 @@ def test_the_normal_matrix_of_a_sum() -> None:
     row = nonnegative.SumRow((x > 0).to(x), x.new_ones(1))
     units = torch.eye(6, dtype=x.dtype).view(6, 2, 1, 3)
     matrix = torch.stack([row.apply(unit) for unit in units], dim=1)
-    torch.testing.assert_close(row.normal(x.shape), matrix.mT @ matrix)
+    torch.testing.assert_close(row.normal(), matrix.mT @ matrix)

@@ -64,7 +64,7 @@ def test_a_sketch_holds_for_the_solution_and_has_its_adjoint(g: ConvGeometry) ->
     assert torch.allclose(torch.sum(sketch.adjoint(y) * x), y @ sketch.apply(x), rtol=1e-10)
     dense = matrix_of(System(x.shape, (sketch,)))
     assert torch.allclose(dense.square().sum(0), sketch.diagonal().flatten())
-    assert torch.allclose(dense.mT @ dense, sketch.normal(x.shape))
+    assert torch.allclose(dense.mT @ dense, sketch.normal())
 
 
 def test_no_more_combinations_than_rows() -> None:

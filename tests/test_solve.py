@@ -163,7 +163,7 @@ def test_normal_matrices_and_their_diagonals(geometry: ConvGeometry) -> None:
     for block in (case.gradient, case.outputs, case.outputs.scaled(3.0), case.gradient.scaled(0.5), points):
         matrix, _ = dense(case.system(block))
         normal = matrix.mT @ matrix
-        torch.testing.assert_close(block.normal(case.x.shape), normal)
+        torch.testing.assert_close(block.normal(), normal)
         torch.testing.assert_close(block.diagonal().expand(case.x.shape), normal.diagonal().reshape(case.x.shape))
 
 
@@ -172,7 +172,7 @@ def test_the_normal_matrix_of_a_map() -> None:
     weight = torch.rand(2, 3, 3, **DOUBLE)
     block = MapRows.create(lambda x: torch.nn.functional.avg_pool1d(x, 2), x.shape, weight, weight)
     matrix, _ = dense(System(x.shape, (block,)))
-    torch.testing.assert_close(block.normal(x.shape), matrix.mT @ matrix)
+    torch.testing.assert_close(block.normal(), matrix.mT @ matrix)
 
 
 def check_phases(case: Case) -> int:
@@ -282,6 +282,16 @@ def test_an_ill_conditioned_system_is_not_inverted() -> None:
     for least, inverted in ((1e-5, True), (1e-7, False)):
         weight[..., -1] = least
         assert (normal_inverse(System(torch.Size((1, 1, 6)), (nearly,))) is not None) == inverted
+
+
+def test_neither_float32_nor_a_map_is_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hybrid.MAX_INVERTED_UNKNOWNS, "cpu", 4096)
+    case = Case(make((3, 16), (12, 12), 5, stride=2, padding=2))
+    every = MapRows.create(lambda x: x, case.x.shape, case.x, torch.ones_like(case.x))
+    single = System(case.x.shape, tuple(block.to(torch.float32) for block in (case.gradient, case.outputs)))
+    assert solve(case.system(), solver="hybrid").solver == "cgls+inverse"
+    assert solve(case.system(case.gradient, every), solver="hybrid").solver != "cgls+inverse"
+    assert solve(single, solver="hybrid", rtol=1e-6).solver != "cgls+inverse"
 
 
 def test_hybrid_of_random_geometries() -> None:

@@ -124,19 +124,19 @@ Tensor.cuda = lambda self, index=None: self.to(torch.device("cuda", 0 if index i
 MEMORY = 64 << 30
 for name, stand_in in {
     "_lazy_init": lambda: None,
-    "_sleep": lambda cycles: None,  # noqa: ARG005
+    "_sleep": lambda *_: None,
     "is_available": lambda: True,
     "device_count": lambda: 2,
     "current_device": lambda: DEVICES.simulated_device(-1),
-    "get_device_name": lambda device=None: "simulated",  # noqa: ARG005
+    "get_device_name": lambda *_: "simulated",
     "device": device,
     "Stream": Stream,
     "current_stream": Stream,
     "stream": contextlib.nullcontext,
-    "synchronize": lambda device=None: None,  # noqa: ARG005
-    "mem_get_info": lambda device=None: (MEMORY, MEMORY),  # noqa: ARG005
-    "memory_reserved": lambda device=None: 0,  # noqa: ARG005
-    "memory_allocated": lambda device=None: 0,  # noqa: ARG005
+    "synchronize": lambda *_: None,
+    "mem_get_info": lambda *_: (MEMORY, MEMORY),
+    "memory_reserved": lambda *_: 0,
+    "memory_allocated": lambda *_: 0,
     "set_sync_debug_mode": lambda mode: DEVICES.simulated_refuse_waits(mode == "error"),
 }.items():
     setattr(torch.cuda, name, stand_in)

@@ -57,7 +57,7 @@ def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def normal_matrix(system: System) -> Tensor:
     """``M^T M`` (n, n), n all values of x."""
-    return sum_of(block.normal(system.shape) for block in system.blocks)
+    return sum_of(block.normal() for block in system.blocks)
 
 
 def row_matrix(system: System, free: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class SumRow:
         """Squares of the row."""
         return self._row.square()
 
-    def normal(self, shape: torch.Size) -> Tensor:  # noqa: ARG002 (the row has it)
+    def normal(self) -> Tensor:
         """The row's product with itself."""
         return torch.outer(self._row.flatten(), self._row.flatten())
 

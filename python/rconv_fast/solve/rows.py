@@ -41,8 +41,8 @@ class Rows(Protocol):
     def diagonal(self) -> Tensor:
         """Diagonal of ``M^T M``, in a shape that broadcasts to the unknown's."""
 
-    def normal(self, shape: torch.Size) -> Tensor:
-        """``M^T M`` (n, n) for an unknown of this shape, of n values."""
+    def normal(self) -> Tensor:
+        """``M^T M`` (n, n), n all values of the unknown."""
 
     def scaled(self, factor: float) -> Rows:
         """The block times `factor`, on both sides."""
@@ -115,16 +115,16 @@ class GradientRows:
         per_group = apply_weight_adjoint(geometry, self.grad_output.square(), ones)
         return per_group.repeat_interleave(self.geometry.in_channels // self.geometry.groups, dim=1)
 
-    def normal(self, shape: torch.Size) -> Tensor:
+    def normal(self) -> Tensor:
         """``B^T B``: 0 between two channels, the same for all channels of a group."""
-        batch, channels = shape[:2]
-        n, per_group = self.geometry.n_input, channels // self.geometry.groups
+        batch, channels, n = len(self.grad_output), self.geometry.in_channels, self.geometry.n_input
+        per_group = channels // self.geometry.groups
         total = self.rhs.new_zeros(batch, channels, n, batch, channels, n)
         for group in range(self.geometry.groups):
             gram = input_gram(self.geometry, self.grad_output, group).view(batch, n, batch, n)
             for channel in range(group * per_group, (group + 1) * per_group):
                 total[:, channel, :, :, channel] = gram
-        return total.view(math.prod(shape), -1)
+        return total.view(batch * channels * n, -1)
 
     def scaled(self, factor: float) -> GradientRows:
         """The block times `factor`."""
@@ -177,15 +177,16 @@ class WeightRows:
         """``sum_{f,u} W[f,c,k]^2 w[b,f,u]^2``."""
         return apply_weight_adjoint(self.geometry, self.row_weight.square(), self.weight.square())
 
-    def normal(self, shape: torch.Size) -> Tensor:
+    def normal(self) -> Tensor:
         """``A^T w^2 A``, no sample with another, some columns at a time."""
-        batch, n = shape[0], math.prod(shape[1:])
+        batch, size = len(self.row_weight), (self.geometry.in_channels, *self.geometry.input_size)
+        n = math.prod(size)
         total = self.rhs.new_zeros(batch, n, batch, n)
         for first in range(0, n, COLUMNS_TOGETHER):
             columns = slice(first, min(first + COLUMNS_TOGETHER, n))
             units = self.rhs.new_zeros(columns.stop - first, n)
             units[:, columns].fill_diagonal_(1)
-            outputs = apply_weight(self.geometry, units.view(-1, *shape[1:]), self.weight)
+            outputs = apply_weight(self.geometry, units.view(-1, *size), self.weight)
             for b, w in enumerate(self.row_weight.square()):
                 total[b, columns, b] = apply_weight_adjoint(self.geometry, outputs * w, self.weight).flatten(1)
         return total.view(batch * n, -1)
@@ -233,9 +234,9 @@ class PointRows:
         """``w^2``."""
         return self.row_weight.square()
 
-    def normal(self, shape: torch.Size) -> Tensor:
+    def normal(self) -> Tensor:
         """``w^2``."""
-        return self.diagonal().expand(shape).flatten().diag()
+        return self.diagonal().flatten().diag()
 
     def scaled(self, factor: float) -> PointRows:
         """The block times `factor`."""
@@ -285,10 +286,10 @@ class MapRows:
         signs = torch.randint(0, 2, self.shape, generator=generator).to(self.rhs) * 2 - 1
         return self.apply(signs).square().sum() / signs.numel()
 
-    def normal(self, shape: torch.Size) -> Tensor:
+    def normal(self) -> Tensor:
         """``M^T w^2 M``, column by column."""
-        units = torch.eye(math.prod(shape), dtype=self.rhs.dtype, device=self.rhs.device)
-        return torch.stack([self.adjoint(self.apply(unit.view(shape))).flatten() for unit in units])
+        units = torch.eye(math.prod(self.shape), dtype=self.rhs.dtype, device=self.rhs.device)
+        return torch.stack([self.adjoint(self.apply(unit.view(self.shape))).flatten() for unit in units])
 
     def scaled(self, factor: float) -> MapRows:
         """The block times `factor`."""

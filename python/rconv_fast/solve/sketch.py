@@ -62,7 +62,7 @@ class SketchRows:
         """Squared norms of the columns."""
         return self.matrix.square().sum(dim=0)
 
-    def normal(self, shape: torch.Size) -> Tensor:  # noqa: ARG002 (the matrix has it)
+    def normal(self) -> Tensor:
         """``U^T U``."""
         return self.matrix.flatten(1).mT @ self.matrix.flatten(1)
 
