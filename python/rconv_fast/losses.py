@@ -1,0 +1,78 @@
+"""A loss: its value, its targets and what its mean is over. The only place where loss names are dispatched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rconv_fast.errors import require
+
+NAMES = ("cross_entropy", "nll", "binary_cross_entropy_with_logits", "binary_cross_entropy", "mse")
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss as the client computed it.
+
+    Attributes
+    ----------
+    name : {"cross_entropy", "nll", "binary_cross_entropy_with_logits", "binary_cross_entropy", "mse"}
+        torch's name of it.
+    reduction : {"mean", "sum"}
+        Over the batch.
+    label_smoothing : float
+        As in ``torch.nn.functional.cross_entropy``.
+    class_weights : Tensor or None
+        One weight a class (n,); with "mean" torch divides by the sum of the weights of the labels.
+    """
+
+    name: str = "cross_entropy"
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        require(self.name in NAMES, "invert", "loss", f"be one of {', '.join(NAMES)}", repr(self.name))
+        require(
+            self.reduction in REDUCTIONS, "invert", "reduction", f"be one of {', '.join(REDUCTIONS)}", self.reduction
+        )
+        require(0 <= self.label_smoothing < 1, "invert", "label_smoothing", "be in [0, 1)", self.label_smoothing)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether targets are class numbers (else: values shaped as the outputs)."""
+        return self.name in ("cross_entropy", "nll")
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch; `outputs` are what the model returns."""
+        return self._function(outputs, self.as_targets(outputs, targets))
+
+    def as_targets(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Targets in the dtype and shape that torch's function takes."""
+        return targets if self.takes_labels else targets.to(outputs).reshape(outputs.shape)
+
+    @property
+    def _function(self) -> Callable[[Tensor, Tensor], Tensor]:
+        weights = self.class_weights
+        match self.name:
+            case "cross_entropy":
+                return lambda o, t: F.cross_entropy(
+                    o, t, _like(weights, o), reduction=self.reduction, label_smoothing=self.label_smoothing
+                )
+            case "nll":
+                return lambda o, t: F.nll_loss(o, t, _like(weights, o), reduction=self.reduction)
+            case "binary_cross_entropy_with_logits":
+                return lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction=self.reduction)
+            case "binary_cross_entropy":
+                return lambda o, t: F.binary_cross_entropy(o, t, reduction=self.reduction)
+            case _:
+                return lambda o, t: F.mse_loss(o, t, reduction=self.reduction)
+
+
+def _like(weights: Tensor | None, outputs: Tensor) -> Tensor | None:
+    return None if weights is None else torch.as_tensor(weights).to(outputs)

@@ -1,0 +1,136 @@
+"""What was seen: gradients, their noise and scale, and how far a candidate answer is from them, in units of the noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rconv_fast.losses import Loss
+
+Noise = Mapping[str, "float | Tensor"]
+
+
+class SharedGradients(dict[str, Tensor]):
+    """Gradients by parameter name, with what is known of how they came about.
+
+    Attributes
+    ----------
+    noise : dict of str to float or Tensor, or None
+        Standard deviation of each entry, by parameter name; None where nothing is known of it.
+    scale_known : bool
+        False where an unknown factor multiplies all gradients (clipping).
+    steps : int
+        Local steps behind them.
+    source : str
+        One phrase: ``"gradients"``, ``"update, lr 0.1"``, ``"gaussian 0.001"``.
+    statistics : dict of str to Tensor
+        Buffers that the client's step changed (running statistics), by name, after the step.
+    """
+
+    def __init__(
+        self,
+        gradients: Mapping[str, Tensor],
+        *,
+        noise: Noise | None = None,
+        scale_known: bool = True,
+        steps: int = 1,
+        source: str = "gradients",
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(gradients)
+        self.noise = None if noise is None else dict(noise)
+        self.scale_known = scale_known
+        self.steps = steps
+        self.source = source
+        self.statistics = dict(statistics or {})
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a candidate answer compares with what was seen.
+
+    Attributes
+    ----------
+    relative : float
+        ``||grad - seen|| / ||seen||`` over all parameters.
+    ratio : float
+        Root mean square of the mismatch in units of the noise: 1 is what a true answer has.
+    chi2 : float
+        Sum of the squares in units of the noise.
+    entries : int
+        Entries compared that are no structural zeros (zero in both, whatever the input).
+    """
+
+    relative: float
+    ratio: float
+    chi2: float
+    entries: int
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The gradients of one step in working precision, their noise, and the loss they belong to.
+
+    Attributes
+    ----------
+    gradients : mapping of str to Tensor
+        By parameter name, in the working dtype and on the model's device; parameters that were not seen are absent.
+    loss : Loss
+        The client's loss.
+    noise : mapping of str to float or Tensor
+        Standard deviation of each entry.
+    rounding : float
+        Relative rounding of the arithmetic that made them (2^-53 for float64), the smallest noise there is.
+    scale : float
+        Factor by which the gradients are multiplied.
+    source : str
+        Where the noise comes from, for the report.
+    """
+
+    gradients: Mapping[str, Tensor]
+    loss: Loss
+    noise: Noise = field(default_factory=dict)
+    rounding: float = 2.0**-53
+    scale: float = 1.0
+    source: str = "gradients"
+
+    def compare(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Match:
+        """Run the model on a candidate and compare all gradients, in float64."""
+        found = self.gradients_at(model, inputs, targets)
+        miss2 = seen2 = chi2 = 0.0
+        entries = 0
+        for name, seen in self.gradients.items():
+            other = found[name]
+            difference = (other - seen).double()
+            sigma = self.sigma(name).double()
+            alive = (seen != 0) | (other != 0)
+            miss2 += float(difference.square().sum())
+            seen2 += float(seen.double().square().sum())
+            tiny = torch.finfo(torch.float64).tiny
+            chi2 += float((difference[alive] / sigma.expand_as(difference)[alive].clamp_min(tiny)).square().sum())
+            entries += int(alive.sum())
+        relative = math.sqrt(miss2 / seen2) if math.isfinite(miss2) and seen2 > 0 else math.inf
+        ratio = math.sqrt(chi2 / max(entries, 1)) if math.isfinite(chi2) else math.inf
+        return Match(relative, ratio, chi2, entries)
+
+    def gradients_at(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Gradients of the scaled loss at a candidate, by name; zeros for parameters it does not reach."""
+        parameters = {name: p for name, p in model.named_parameters() if name in self.gradients}
+        with torch.enable_grad():
+            for p in parameters.values():
+                p.requires_grad_(True)
+            value = self.scale * self.loss(model(inputs), targets)
+            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(p) if g is None else g.detach()
+            for (name, p), g in zip(parameters.items(), found, strict=True)
+        }
+
+    def sigma(self, name: str) -> Tensor:
+        """Standard deviation of the entries of one gradient, broadcastable to it."""
+        given = self.noise.get(name, 0.0)
+        return torch.as_tensor(given, dtype=torch.float64, device=self.gradients[name].device)
