@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from bench import Entry
-from rconv_fast import ops
+from rconv_fast.constraints import ops
+from rconv_fast.constraints.layout import ConstraintLayout
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.layout import ConstraintLayout
 
 SIZES = [
     (12, 16, 5, 1, 2),

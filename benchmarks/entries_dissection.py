@@ -23,9 +23,9 @@ from skimage.transform import resize
 from torch import Tensor, nn
 
 from bench import Entry
+from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.operators import apply_gradient, apply_weight, apply_weight_adjoint
-from rconv_fast.solve.dissection import DissectionFactor
+from rconv_fast.solve.dissection.factor import DissectionFactor
 
 
 @dataclass

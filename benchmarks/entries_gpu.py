@@ -26,21 +26,21 @@ import entries_large as large
 from bench import Entry, measure
 from entries_builders import Case
 from entries_large import Layer
-from rconv_fast import ops
-from rconv_fast.backends import backend_for
+from rconv_fast.constraints import ops
+from rconv_fast.constraints.backends import backend_for
+from rconv_fast.constraints.layout import ConstraintLayout
+from rconv_fast.constraints.operators import apply_gradient
+from rconv_fast.constraints.sparse import to_cupy
+from rconv_fast.constraints.streams import cupy_on_torch_stream
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.layout import ConstraintLayout
-from rconv_fast.operators import apply_gradient
-from rconv_fast.solve.gram import tap_windows
 from rconv_fast.solve.hybrid import balance
 from rconv_fast.solve.krylov import KrylovResult, Preconditioner, refine
-from rconv_fast.solve.phases import solve_by_phases
+from rconv_fast.solve.phases.gram import tap_windows
+from rconv_fast.solve.phases.solve import solve_by_phases
 from rconv_fast.solve.precision import exact_float32
 from rconv_fast.solve.preconditioners import jacobi
 from rconv_fast.solve.rows import GradientRows, System, WeightRows
 from rconv_fast.solve.solution import Solution
-from rconv_fast.sparse import to_cupy
-from rconv_fast.streams import cupy_on_torch_stream
 
 DTYPES = (torch.float64, torch.float32)
 BATCHES = [("leaky_relu", 32, 8), ("relu", 44, 8)]

@@ -28,7 +28,7 @@ T* as(Address address) {
 }
 
 // filters, planes, groups, filter stride, plane stride, then for each of 1 to 3 axes
-// size, rows, row step, entries, entry step, padding. See rconv_fast/layout.py.
+// size, rows, row step, entries, entry step, padding. See rconv_fast/constraints/layout.py.
 Layout unpack(std::vector<int64_t> const& n) {
   constexpr size_t kHead = 5, kPerAxis = 6;
   size_t const n_axes = n.size() < kHead ? 0 : (n.size() - kHead) / kPerAxis;
@@ -142,7 +142,7 @@ void bind(py::module_ m, MakeLane lane) {
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   using rconv::Address;
-  m.doc() = "Kernels of rconv_fast. Not public: use rconv_fast.ops.";
+  m.doc() = "Kernels of rconv_fast. Not public: use rconv_fast.constraints.ops.";
   rconv::bind(m.def_submodule("cpu"),
               [](Address n_threads) { return rconv::Cpu{static_cast<int>(n_threads)}; });
 #if RCONV_WITH_CUDA

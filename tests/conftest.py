@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def has_cuda() -> bool:
-    from rconv_fast.backends import _core
+    from rconv_fast.constraints.backends import _core
 
     return _core is not None and _core.has_cuda and torch.cuda.is_available()
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rconv_fast import ops
+from rconv_fast.constraints import ops
 from rconv_fast.geometry import ConvGeometry
 
 

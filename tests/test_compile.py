@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from layers import random_grad_output, random_mask, random_weight, sizes
-from rconv_fast import ops
+from rconv_fast.constraints import ops
 from rconv_fast.testing import GEOMETRIES
 
 pytestmark = [

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rconv_fast.errors import ArgumentError
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve import dissection, dissection_tree, fronts
-from rconv_fast.solve.dissection import DissectionFactor
+from rconv_fast.solve.dissection import factor, fronts, tree
+from rconv_fast.solve.dissection.factor import DissectionFactor
 
 
 def geometry(*args: object, **kwargs: object) -> ConvGeometry:
@@ -59,15 +59,15 @@ def relative(x: Tensor, reference: Tensor) -> float:
 
 
 def _forget_trees() -> None:
-    dissection_tree.dissect.cache_clear()
-    dissection._elimination.cache_clear()
+    tree.dissect.cache_clear()
+    factor._elimination.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small pictures often enough to have a tree."""
     torch.manual_seed(0)
-    monkeypatch.setattr(dissection_tree, "LEAF_UNKNOWNS", 20)
+    monkeypatch.setattr(tree, "LEAF_UNKNOWNS", 20)
     _forget_trees()
     yield
     _forget_trees()
@@ -75,7 +75,7 @@ def _small_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("g", (TALL | GAPPED).values(), ids=(TALL | GAPPED).keys())
 def test_structure_each_row_and_each_unknown_once(g: ConvGeometry) -> None:
-    kinds = dissection_tree.dissect(g)
+    kinds = tree.dissect(g)
     eliminated = np.concatenate([k.positions[:, : k.n_eliminated].ravel() for k in kinds])
     assert np.array_equal(np.sort(eliminated), np.arange(g.n_input))
     rows = np.concatenate([k.rows.ravel() for k in kinds])
@@ -172,7 +172,7 @@ def test_triangle_as_dense_qr() -> None:
     g = TALL["dilation"]
     weight = random_weight(g)
     matrix = dense(g, weight)
-    order = np.concatenate([k.positions[:, : k.n_eliminated].ravel() for k in dissection_tree.dissect(g) if k.n_fronts])
+    order = np.concatenate([k.positions[:, : k.n_eliminated].ravel() for k in tree.dissect(g) if k.n_fronts])
     factor = DissectionFactor.factor(g, weight, torch.ones(g.out_channels, *g.out_size))
     # any topological order of the tree has the same diagonal
     dense_r = torch.linalg.qr(matrix[:, order], mode="r").R

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from layers import convolve, random_input, random_weight
+from rconv_fast.constraints.layout import INT32_MAX, Axis, ConstraintLayout
 from rconv_fast.errors import ArgumentError
 from rconv_fast.geometry import ConvGeometry, as_tuple
-from rconv_fast.layout import INT32_MAX, Axis, ConstraintLayout
 from rconv_fast.testing import random_geometry
 
 

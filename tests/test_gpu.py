@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attacks import gradients_of, photo, some_labels
 from layers import random_grad_output, random_input, random_weight
 from rconv_fast import invert, match_samples, psnr, recover_conv_input, separate_softmax_batch
-from rconv_fast.operators import apply_gradient, apply_weight
+from rconv_fast.constraints.operators import apply_gradient, apply_weight
 from rconv_fast.solve import GradientRows, System, WeightRows, hybrid
 from rconv_fast.testing import geometry as make
 

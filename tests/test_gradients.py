@@ -16,7 +16,7 @@ from layers import (
     sizes,
     weight_matrix,
 )
-from rconv_fast import ops
+from rconv_fast.constraints import ops
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.testing import GEOMETRIES
 

@@ -9,8 +9,8 @@ import textwrap
 import pytest
 import torch
 
-from rconv_fast import backends
 from rconv_fast._build_info import build_info
+from rconv_fast.constraints import backends
 from rconv_fast.errors import BuildError
 
 
@@ -23,15 +23,15 @@ def run(code: str, *blocked: str) -> str:
 
 
 def test_import_is_silent_without_cupy() -> None:
-    assert run("import rconv_fast, rconv_fast.ops, rconv_fast.sparse", "cupy", "cupyx") == ""
+    assert run("import rconv_fast, rconv_fast.constraints.ops, rconv_fast.constraints.sparse", "cupy", "cupyx") == ""
 
 
 def test_the_reference_stands_in_for_the_compiled_module() -> None:
     output = run(
         """
         import warnings, torch
-        import rconv_fast.ops as ops
-        from rconv_fast import backends, reference
+        import rconv_fast.constraints.ops as ops
+        from rconv_fast.constraints import backends, reference
         from rconv_fast._build_info import build_info
         assert backends._CPU is reference
         assert not build_info()["compiled"] and "_core" in build_info()["load_error"]

@@ -8,9 +8,9 @@ import scipy.sparse
 import torch
 
 from layers import gradient_matrix, random_grad_output, random_weight, weight_matrix
+from rconv_fast.constraints.sparse import to_cupy, to_scipy
 from rconv_fast.errors import ArgumentError, ArgumentTypeError
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.sparse import to_cupy, to_scipy
 
 
 def test_scipy_shares_memory_and_agrees(geometry: ConvGeometry) -> None:

@@ -9,8 +9,8 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layers import random_mask
-from rconv_fast import ops
-from rconv_fast.layout import ConstraintLayout
+from rconv_fast.constraints import ops
+from rconv_fast.constraints.layout import ConstraintLayout
 from rconv_fast.testing import GEOMETRIES
 
 OPS = torch.ops.rconv_fast

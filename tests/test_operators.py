@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from layers import convolve, gradient_matrix, random_grad_output, random_input, random_weight, weight_matrix
+from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.testing import adjoint_test, random_geometry
 
 BATCH = 3

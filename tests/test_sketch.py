@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from layers import random_grad_output, random_input, random_weight
+from rconv_fast.constraints.operators import apply_gradient, apply_weight
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.operators import apply_gradient, apply_weight
 from rconv_fast.solve import GradientRows, PointRows, System, WeightRows, hybrid, preconditioners, solve
+from rconv_fast.solve.dissection.sketch import SketchRows, sketch_size
 from rconv_fast.solve.preconditioners import SketchedDissection
-from rconv_fast.solve.sketch import SketchRows, sketch_size
 from rconv_fast.testing import geometry as make
 from rconv_fast.testing import random_geometry
 

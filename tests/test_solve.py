@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from layers import gradient_matrix, random_grad_output, random_input, random_weight
+from rconv_fast.constraints.operators import apply_gradient, apply_weight
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.operators import apply_gradient, apply_weight
 from rconv_fast.solve import (
     GradientRows,
     MapRows,
@@ -21,15 +21,15 @@ from rconv_fast.solve import (
     System,
     WeightRows,
     hybrid,
-    phase_factors,
     precision,
     solve,
 )
 from rconv_fast.solve.dense import PseudoInverse
-from rconv_fast.solve.gram import group_filters, output_gram, phase_gram, phase_rows
 from rconv_fast.solve.krylov import refine
-from rconv_fast.solve.phase_factors import GramFactor
-from rconv_fast.solve.phases import count_phases, solve_by_phases
+from rconv_fast.solve.phases import factors
+from rconv_fast.solve.phases.factors import GramFactor
+from rconv_fast.solve.phases.gram import group_filters, output_gram, phase_gram, phase_rows
+from rconv_fast.solve.phases.solve import count_phases, solve_by_phases
 from rconv_fast.solve.preconditioners import (
     MAX_INVERTED_CONDITION,
     SketchedDissection,
@@ -204,7 +204,7 @@ def test_solution_by_phases_of_random_geometries() -> None:
 @pytest.mark.parametrize("stack_bytes", [0, 2**27])
 def test_one_phase_of_a_stack_may_be_singular(stack_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four phases of 16 positions; half of the filters repeat others, which is too much for the one with one offset."""
-    monkeypatch.setattr(phase_factors, "STACK_BYTES", stack_bytes)
+    monkeypatch.setattr(factors, "STACK_BYTES", stack_bytes)
     case = Case(make((3, 16), (8, 8), 3, stride=2, padding=1), 1)
     case.g[:, 8:] = case.g[:, :8]
     solution = solve_by_phases(case.gradient, case.x.shape, RTOL)

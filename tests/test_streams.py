@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from layers import gradient_matrix, random_grad_output, random_mask, random_weight, weight_matrix
+from rconv_fast.constraints.streams import cupy_on_torch_stream, import_cupy
 from rconv_fast.errors import MissingDependencyError
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.streams import cupy_on_torch_stream, import_cupy
 from rconv_fast.testing import GEOMETRIES
 
 LATE = 200_000_000  # cycles that a producer sleeps, some 0.1 s

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 
 from layers import gradient_matrix, random_grad_output, random_mask, random_weight, weight_matrix
-from rconv_fast import reference
-from rconv_fast.backends import backend_for, cpu
+from rconv_fast.constraints import reference
+from rconv_fast.constraints.backends import backend_for, cpu
+from rconv_fast.constraints.layout import ConstraintLayout
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.layout import ConstraintLayout
 from rconv_fast.testing import assert_csr_valid, geometries, random_geometry
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from layers import (
     random_weight,
     weight_matrix,
 )
-from rconv_fast import ops
+from rconv_fast.constraints import ops
 from rconv_fast.errors import ArgumentError, ArgumentTypeError, SystemTooLargeError
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.testing import (
@@ -81,7 +81,7 @@ def test_weight_constraints_give_the_convolution(geometry: ConvGeometry, device:
 
 
 def test_values_and_sum_values_are_transposes(geometry: ConvGeometry, device: torch.device) -> None:
-    from rconv_fast.layout import ConstraintLayout
+    from rconv_fast.constraints.layout import ConstraintLayout
 
     for layout in (ConstraintLayout.of_gradient(geometry, 2), ConstraintLayout.of_weight(geometry)):
         crow, col = torch.ops.rconv_fast.pattern(layout.numbers, device)

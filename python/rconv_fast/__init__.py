@@ -11,11 +11,11 @@
 
 from __future__ import annotations
 
+from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
 from rconv_fast.errors import RconvError, UnsupportedModelError
 from rconv_fast.head import HeadSeparation, recover_linear_input, separate_softmax_batch
 from rconv_fast.invert import Inversion, invert
 from rconv_fast.metrics import match_samples, mse, psnr, ssim
-from rconv_fast.ops import gradient_constraints, weight_constraints
 from rconv_fast.recover import ConvRecovery, constraint_operator, recover_conv_input
 from rconv_fast.updates import gradients_from_update
 from rconv_fast.walk import LayerReport

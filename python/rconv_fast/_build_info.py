@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rconv_fast import backends
+from rconv_fast.constraints import backends
 
 
 def build_info() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The compiled kernels (csrc/bindings.cpp). Not public: use rconv_fast.ops."""
+"""The compiled kernels (csrc/bindings.cpp). Not public: use rconv_fast.constraints.ops."""
 
 from types import ModuleType
 

@@ -225,7 +225,7 @@ def _conclude(walk: Walk, inputs: Tensor, head: HeadCandidate, residual: float, 
     completed = [
         report.name
         for name, report in walk.reports.items()
-        if name != walk.graph.input and report.solver.endswith("+nonnegative")
+        if name != walk.graph.input and report.proof == "nonnegative"
     ]
     if completed:
         notes.append(f"the inputs of {', '.join(completed)} follow from their equations and x >= 0 behind a ReLU")

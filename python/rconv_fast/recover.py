@@ -11,44 +11,28 @@ from torch import Tensor
 
 from rconv_fast.errors import require, require_type
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve import SOLVERS, GradientRows, Rows, System, WeightRows, solve
+from rconv_fast.solve import SOLVERS, Evidence, GradientRows, HasEvidence, Rows, System, WeightRows, solve
 from rconv_fast.solve.linear_operator import as_linear_operator
 
 
 @dataclass(frozen=True)
-class ConvRecovery:
+class ConvRecovery(HasEvidence):
     r"""The recovered input of one convolution.
 
     Attributes
     ----------
     input : Tensor
         (B, C, \*in), in the dtype and on the device of `grad_output`; minimum norm where not determined.
-    rank, unknowns, rows : int
-        Numerical rank of the layer's system (a bound where it was not computed), its unknowns and equations.
     determined : Tensor
-        Bool (B, C, \*in): is this value fixed by the constraints.
-    residual : float
-        Relative residual of the equations.
-    condition : float
-        Estimated condition number, NaN where it was not estimated.
-    solver : str
-        What was used.
-    converged : bool
-        Whether it met its tolerance.
-    iterations : int
-        Iterations it took.
+        Bool (B, C, \*in): is this value proven to be fixed by the constraints.
+    evidence : Evidence
+        `rank`, `unknowns`, `rows`, `residual`, `condition`, `solver`, `proof`, `converged` and `iterations`, each
+        also an attribute of the recovery itself.
     """
 
     input: Tensor
-    rank: int
-    unknowns: int
-    rows: int
     determined: Tensor
-    residual: float
-    condition: float
-    solver: str
-    converged: bool
-    iterations: int
+    evidence: Evidence
 
 
 def recover_conv_input(
@@ -130,18 +114,7 @@ def recover_conv_input(
     )
     tolerance = 4 * torch.finfo(dtype).eps if rtol is None else rtol
     found = solve(system, solver=solver, rtol=tolerance)
-    return ConvRecovery(
-        found.x.to(grad_output.dtype),
-        found.rank,
-        found.unknowns,
-        found.rows,
-        found.determined,
-        found.residual,
-        found.condition,
-        found.solver,
-        found.converged,
-        found.iterations,
-    )
+    return ConvRecovery(found.x.to(grad_output.dtype), found.determined, found.evidence)
 
 
 def constraint_operator(

@@ -46,6 +46,7 @@ class LayerReport:
     condition: float
     residual: float
     solver: str
+    proof: str
     seconds: float
     iterations: int = 0
 
@@ -242,6 +243,7 @@ class Walk:
             best.condition,
             best.residual,
             best.solver,
+            best.proof,
             time.perf_counter() - start,
             best.iterations,
         )

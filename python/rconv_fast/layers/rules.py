@@ -17,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.operators import apply_weight_adjoint
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.activation import Activation
 from rconv_fast.layers.knowledge import Knowledge
-from rconv_fast.operators import apply_weight_adjoint
 from rconv_fast.solve import GradientRows, MapRows, Rows, WeightRows
 
 Forward = Callable[..., Tensor]

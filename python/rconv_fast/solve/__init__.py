@@ -8,16 +8,18 @@ from rconv_fast.memory import available_bytes, require_memory
 from rconv_fast.solve.hybrid import solve_hybrid
 from rconv_fast.solve.krylov import Progress
 from rconv_fast.solve.nonnegative import solve_nonnegative
-from rconv_fast.solve.phases import count_phases, direct_bytes, solve_by_phases
+from rconv_fast.solve.phases.solve import count_phases, direct_bytes, solve_by_phases
 from rconv_fast.solve.precision import exact_float32
 from rconv_fast.solve.prior import PRIORS, apply_prior
 from rconv_fast.solve.rows import GradientRows, MapRows, PointRows, Rows, System, WeightRows, norm
-from rconv_fast.solve.solution import Solution
+from rconv_fast.solve.solution import Evidence, HasEvidence, Solution
 
 __all__ = [
     "PRIORS",
     "SOLVERS",
+    "Evidence",
     "GradientRows",
+    "HasEvidence",
     "MapRows",
     "PointRows",
     "Rows",

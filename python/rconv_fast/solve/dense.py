@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.errors import LinAlgError
-from rconv_fast.solve.gram import sum_of
+from rconv_fast.solve.phases.gram import sum_of
 from rconv_fast.solve.rows import System
 
 # A value is determined when its unit vector lies in the row space: the rest has less squared length.

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from rconv_fast.solve.dense import PseudoInverse
-from rconv_fast.solve.dissection import DissectionFactor
+from rconv_fast.solve.dissection.factor import DissectionFactor
+from rconv_fast.solve.dissection.sketch import sketch_size
 from rconv_fast.solve.krylov import KrylovResult, Preconditioner, Progress, refine
-from rconv_fast.solve.phases import count_phases
+from rconv_fast.solve.phases.solve import count_phases
 from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, normal_inverse, phase_cholesky
 from rconv_fast.solve.rows import GradientRows, MapRows, System, WeightRows
-from rconv_fast.solve.sketch import sketch_size
-from rconv_fast.solve.solution import Solution
+from rconv_fast.solve.solution import Evidence, Solution
 
 # Share of a channel's unknowns that the gradient rows must cover for factoring them to pay.
 GRADIENT_COVERAGE = 0.6
@@ -175,24 +175,26 @@ def solve_hybrid(
     if exact and not (enough and result.converged):
         return _solve_dense(balance(system, 1.0), rtol)
     if max_iterations is not None and not result.converged:
-        determined = torch.zeros(balanced.shape, dtype=torch.bool, device=result.x.device)
+        determined, proof = torch.zeros(balanced.shape, dtype=torch.bool, device=result.x.device), "none"
+    elif built.proven:
+        determined, proof = _touched(balanced), "cholesky"
     else:
-        determined = _touched(balanced) if built.proven else _probe(built, result.iterations)
+        determined, proof = _probe(built, result.iterations), "probe"
     full = bool(determined.all())
     if exact and not full:  # for the rank itself, and the minimum norm
         return _solve_dense(balance(system, 1.0), rtol)
-    return Solution(
-        x=result.x,
+    evidence = Evidence(
         rank=balanced.unknowns if full else min(balanced.count, balanced.unknowns - 1),
         unknowns=balanced.unknowns,
         rows=balanced.count,
-        determined=determined,
         residual=residual,
         condition=math.nan,
         solver=built.plan.name,
+        proof=proof if bool(determined.any()) else "none",
         converged=result.converged,
         iterations=result.iterations,
     )
+    return Solution(result.x, determined, evidence)
 
 
 def balance(system: System, gradient_weight: float) -> System:
@@ -325,16 +327,14 @@ def _solve_dense(system: System, rtol: float) -> Solution:
     """Decide the rank by eigenvalues of the normal matrix, then refine with its pseudo-inverse."""
     inverse = PseudoInverse.create(system)
     result = refine(system, inverse.solve, inner_rtol=1e-12, rtol=rtol, max_iterations=50)
-    return Solution(
-        x=result.x,
+    evidence = Evidence(
         rank=inverse.rank,
         unknowns=system.unknowns,
         rows=system.count,
-        determined=inverse.determined.reshape(system.shape),
         residual=system.residual(result.x),
         condition=inverse.condition,
         solver="normal-eigh",
-        converged=True,
+        proof="eigenvalues",
         iterations=result.iterations,
-        inverse=inverse,
     )
+    return Solution(result.x, inverse.determined.reshape(system.shape), evidence, inverse)

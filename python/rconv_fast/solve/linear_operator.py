@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.streams import cupy_on_torch_stream, import_cupy
 from rconv_fast.solve.rows import System
-from rconv_fast.streams import cupy_on_torch_stream, import_cupy
 
 
 def as_linear_operator(system: System) -> Any:

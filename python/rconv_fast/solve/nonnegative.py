@@ -108,15 +108,16 @@ def solve_nonnegative(
     if residual > tolerance or float(x.min()) < -_threshold(found.x):
         return solution
     unique = has_full_rank(balanced, positive) and certificate(balanced, positive) is not None
-    return replace(
-        solution,
-        x=x,
-        determined=torch.ones_like(solution.determined) if unique else solution.determined,
+    evidence = replace(
+        solution.evidence,
         residual=residual,
         solver=f"{solution.solver}+nonnegative",
+        proof="nonnegative" if unique else solution.proof,
         converged=True,
         iterations=solution.iterations + found.iterations + spent,
     )
+    determined = torch.ones_like(solution.determined) if unique else solution.determined
+    return replace(solution, x=x, determined=determined, evidence=evidence)
 
 
 def _threshold(x: Tensor) -> float:

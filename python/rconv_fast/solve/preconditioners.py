@@ -10,12 +10,12 @@ from torch import Tensor
 
 from rconv_fast.errors import LinAlgError
 from rconv_fast.solve.dense import normal_matrix
-from rconv_fast.solve.dissection import DissectionFactor
-from rconv_fast.solve.gram import gram_condition, sum_of
+from rconv_fast.solve.dissection.factor import DissectionFactor
+from rconv_fast.solve.dissection.sketch import SketchRows
 from rconv_fast.solve.krylov import Preconditioner
-from rconv_fast.solve.phase_factors import GramFactor
+from rconv_fast.solve.phases.factors import GramFactor
+from rconv_fast.solve.phases.gram import gram_condition, sum_of
 from rconv_fast.solve.rows import GradientRows, System, WeightRows
-from rconv_fast.solve.sketch import SketchRows
 
 
 def jacobi(system: System, dtype: torch.dtype) -> Preconditioner:

@@ -96,13 +96,13 @@ def apply_prior(system: System, solution: Solution, prior: str, inequalities: Se
         x, iterations = minimise(terms, solution.x, _null_step(terms, null, system.shape))
     else:
         x, iterations = _minimise_matrix_free(terms, system, solution.x)
-    return replace(
-        solution,
-        x=x,
+    evidence = replace(
+        solution.evidence,
         residual=system.residual(x),
         solver=f"{solution.solver}+{prior}",
         iterations=solution.iterations + iterations,
     )
+    return replace(solution, x=x, evidence=evidence)
 
 
 def _null_step(terms: Sequence[Term], null: Tensor, shape: torch.Size) -> Step:

@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.operators import apply_gradient, apply_weight, apply_weight_adjoint
-from rconv_fast.solve.gram import input_gram
+from rconv_fast.solve.phases.gram import input_gram
 
 
 class Rows(Protocol):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rconv_fast.errors import LinAlgError
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve.dissection_tree import FrontKind
+from rconv_fast.solve.dissection.tree import FrontKind
 
 # Bytes of fronts that are factored in one batch: bounds the work space.
 BATCH_BYTES = 1 << 27

@@ -8,8 +8,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.streams import cupy_on_torch_stream
 from rconv_fast.errors import require, require_type
-from rconv_fast.streams import cupy_on_torch_stream
 
 
 def to_scipy(matrix: Tensor) -> scipy.sparse.csr_array:

@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rconv_fast.backends import backend_for
+from rconv_fast.constraints.backends import backend_for
+from rconv_fast.constraints.layout import ConstraintLayout
 from rconv_fast.errors import ArgumentError, require, require_type
 from rconv_fast.geometry import ConvGeometry, Size
-from rconv_fast.layout import ConstraintLayout
 from rconv_fast.memory import require_memory
 
 __all__ = ["gradient_components", "gradient_constraints", "weight_components", "weight_constraints"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rconv_fast.layout import ConstraintLayout
+from rconv_fast.constraints.layout import ConstraintLayout
 
 
 def entries(layout: ConstraintLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

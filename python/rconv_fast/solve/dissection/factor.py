@@ -16,11 +16,11 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.operators import apply_weight_adjoint
 from rconv_fast.errors import LinAlgError, require
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.operators import apply_weight_adjoint
-from rconv_fast.solve.dissection_tree import FrontKind, dissect
-from rconv_fast.solve.fronts import CholeskyFronts, Fronts, QrFronts
+from rconv_fast.solve.dissection.fronts import CholeskyFronts, Fronts, QrFronts
+from rconv_fast.solve.dissection.tree import FrontKind, dissect
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from rconv_fast.geometry import ConvGeometry, Phase
 from rconv_fast.solve.dense import solve_rank_revealing
-from rconv_fast.solve.gram import gram_condition, group_filters, output_gram, phase_gram, phase_rows, tap_windows
 from rconv_fast.solve.krylov import refine
-from rconv_fast.solve.phase_factors import STACK_BYTES, GramFactor, PhaseFactor, PhaseStack, phase_stacks
+from rconv_fast.solve.phases.factors import STACK_BYTES, GramFactor, PhaseFactor, PhaseStack, phase_stacks
+from rconv_fast.solve.phases.gram import gram_condition, group_filters, output_gram, phase_gram, phase_rows, tap_windows
 from rconv_fast.solve.rows import GradientRows, System
-from rconv_fast.solve.solution import Solution
+from rconv_fast.solve.solution import Evidence, Solution
 
 # The Cholesky factor of the Gram matrix is exact enough to precondition while condition^2 * eps is small; the
 # recomputed residuals then bring full accuracy. Above this the phase goes to the rank-revealing SVD.
@@ -84,18 +84,17 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
             factor.stack.scatter(x, factor.stack.gather(result.x))
         iterations = result.iterations
     direct = sum(len(factor.stack.phases) for factor in factors) == len(counts)
-    return Solution(
-        x=x,
+    evidence = Evidence(
         rank=rank,
         unknowns=system.unknowns,
         rows=rows.count,
-        determined=determined,
         residual=system.residual(x),
         condition=condition,
         solver="phase-cholesky" if direct else "phase-svd",
-        converged=True,
+        proof="cholesky" if direct else "eigenvalues",
         iterations=iterations,
     )
+    return Solution(x, determined, evidence)
 
 
 def _factor_group(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.geometry import ConvGeometry, Phase
-from rconv_fast.solve.gram import group_filters, output_gram, phase_gram, phase_places, sum_of
+from rconv_fast.solve.phases.gram import group_filters, output_gram, phase_gram, phase_places, sum_of
 
 # Bytes of the Gram matrices that are factored in one call: small ones share its overhead, large ones memory only.
 STACK_BYTES = 1 << 27

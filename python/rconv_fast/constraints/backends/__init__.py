@@ -1,4 +1,4 @@
-"""Where the work is done: one backend a device, all with the functions of ``rconv_fast.reference``.
+"""Where the work is done: one backend a device, all with the functions of ``rconv_fast.constraints.reference``.
 
 ``cpu`` and ``cuda`` allocate memory and have the compiled kernels fill it; without the compiled module the
 reference itself stands in on the CPU. Which one runs follows from the tensor's device alone.
@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rconv_fast import reference
+from rconv_fast.constraints import reference
+from rconv_fast.constraints.layout import ConstraintLayout
 from rconv_fast.errors import BuildError
-from rconv_fast.layout import ConstraintLayout
 
 _core: ModuleType | None
 load_error = ""
@@ -29,7 +29,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Backend(Protocol):
-    """What the operators ask of a device; ``rconv_fast.reference`` says it in plain torch."""
+    """What the operators ask of a device; ``rconv_fast.constraints.reference`` says it in plain torch."""
 
     def offsets(self, layout: ConstraintLayout, device: torch.device) -> Tensor: ...  # noqa: D102
     def columns(self, start: Tensor, nnz: int, layout: ConstraintLayout) -> Tensor: ...  # noqa: D102
@@ -116,10 +116,10 @@ def backend_for(device: torch.device) -> Backend:
         return _CUDA
     if device.type == "cuda":
         raise BuildError(
-            "rconv_fast.ops: the build must have CUDA for a tensor on the GPU, got a build without; install "
-            "a wheel with CUDA or rebuild with -Ccmake.define.RCONV_CUDA=ON, or move the tensor to the CPU"
+            "rconv_fast.constraints.ops: the build must have CUDA for a tensor on the GPU, got a build without; "
+            "install a wheel with CUDA or rebuild with -Ccmake.define.RCONV_CUDA=ON, or move the tensor to the CPU"
         )
-    raise BuildError(f"rconv_fast.ops: the tensor must be on cpu or cuda, got {device}")
+    raise BuildError(f"rconv_fast.constraints.ops: the tensor must be on cpu or cuda, got {device}")
 
 
 def _is_wide(index: Tensor) -> bool:
@@ -133,7 +133,7 @@ def _is_double(values: Tensor) -> bool:
 def _backends() -> tuple[Backend, Backend | None]:
     if _core is None:
         return reference, None
-    from rconv_fast.backends import cpu, cuda
+    from rconv_fast.constraints.backends import cpu, cuda
 
     on_cuda = KernelBackend(_core.cuda, cuda.empty, cuda.launch) if _core.has_cuda else None
     return KernelBackend(_core.cpu, cpu.empty, cpu.launch), on_cuda
