@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.constraints.sparse import to_scipy
-from rconv_fast.solve import gram
+from rconv_fast.solve.phases import gram
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))

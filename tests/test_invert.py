@@ -417,7 +417,7 @@ def test_too_few_equations_are_not_verified() -> None:
 
 
 def test_an_open_layer_says_how_many_equations_it_misses_only_where_that_is_known() -> None:
-    layer = LayerReport("0", "Conv2d", 90, 100, 90, math.inf, 0.0, "hybrid", 0.0)
+    layer = LayerReport("0", "Conv2d", 90, 100, 90, math.inf, 0.0, "hybrid", "probe", 0.0)
     open_values = torch.zeros(2, 50, dtype=torch.bool)
     assert _what_misses(layer, open_values) == "0: 90 equations for 100 values, 10 too few; 100 values are open"
     layer = replace(layer, rows=120, rank=97)

@@ -1,4 +1,4 @@
-"""What was seen: gradients, their noise and scale, and how far a candidate answer is from them, in units of the noise."""
+"""What was seen: gradients, their noise and scale; how far a candidate answer is from them, in units of the noise."""
 
 from __future__ import annotations
 

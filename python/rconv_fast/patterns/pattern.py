@@ -15,7 +15,7 @@ class Pattern:
     Attributes
     ----------
     pieces : mapping of str to Tensor
-        By step name, of the step's output shape. For an activation with kinks or flat pieces: the activation's output of
+        By step name, of the step's output shape. For an activation with kinks or flat pieces: its output of
         the forward run that proposes the pattern, whose side of each kink counts. For a maximum: the flat position
         in its input that each output came from (torch's ``return_indices``), -1 where unknown. For an activation that
         is not monotone: the number of the branch.
