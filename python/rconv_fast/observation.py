@@ -14,6 +14,33 @@ from rconv_fast.losses import Loss
 Noise = Mapping[str, "float | Tensor"]
 
 
+@dataclass(frozen=True)
+class LocalTraining:
+    """A client's SGD between the weights it was sent and those it sends back.
+
+    Attributes
+    ----------
+    lr : float
+        Learning rate.
+    steps : int
+        Local steps.
+    momentum, weight_decay : float
+        Of ``torch.optim.SGD``, with an empty buffer before the first step.
+    """
+
+    lr: float
+    steps: int = 1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"update, lr {self.lr:g}"]
+        parts += [f"{self.steps} steps"] if self.steps > 1 else []
+        parts += [f"momentum {self.momentum:g}"] if self.momentum else []
+        parts += [f"weight decay {self.weight_decay:g}"] if self.weight_decay else []
+        return ", ".join(parts)
+
+
 class SharedGradients(dict[str, Tensor]):
     """Gradients by parameter name, with what is known of how they came about.
 
@@ -29,6 +56,8 @@ class SharedGradients(dict[str, Tensor]):
         One phrase: ``"gradients"``, ``"update, lr 0.1"``, ``"gaussian 0.001"``.
     statistics : dict of str to Tensor
         Buffers that the client's step changed (running statistics), by name, after the step.
+    training : LocalTraining or None
+        Where they follow from an update: how the client trained.
     """
 
     def __init__(
@@ -40,6 +69,7 @@ class SharedGradients(dict[str, Tensor]):
         steps: int = 1,
         source: str = "gradients",
         statistics: Mapping[str, Tensor] | None = None,
+        training: LocalTraining | None = None,
     ) -> None:
         super().__init__(gradients)
         self.noise = None if noise is None else dict(noise)
@@ -47,6 +77,7 @@ class SharedGradients(dict[str, Tensor]):
         self.steps = steps
         self.source = source
         self.statistics = dict(statistics or {})
+        self.training = training
 
 
 @dataclass(frozen=True)

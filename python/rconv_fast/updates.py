@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from rconv_fast.containers import plain_names, read_state
 from rconv_fast.errors import require, require_type
-
-State = Mapping[str, Any] | Sequence[Any]
+from rconv_fast.observation import LocalTraining, SharedGradients
 
 _FUNCTION = "gradients_from_update"
-_RUNNING_STATISTICS = ("running_mean", "running_var")
-_OTHER_BUFFERS = ("num_batches_tracked",)
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# A value rounded to a grid is off by a uniform error, whose standard deviation is the spacing over this.
+_UNIFORM = math.sqrt(12)
+# A few round numbers fit into any format; so many different ones by chance with a probability below 2^-100.
+_TELLING = 32
 
 
 def gradients_from_update(
-    before: State,
-    after: State,
+    before: Any,
+    after: Any,
     lr: float,
     *,
     weight_decay: float = 0.0,
@@ -29,23 +32,24 @@ def gradients_from_update(
     steps: int = 1,
     names: Sequence[str] | None = None,
     parameters: Sequence[str] | None = None,
-) -> dict[str, Tensor]:
-    """Undo one plain SGD step: ``gradient = (before - after) / lr - weight_decay * before``.
+) -> SharedGradients:
+    """Undo a client's SGD: for one step, ``gradient = ((1 - lr * weight_decay) * before - after) / lr``.
 
     Parameters
     ----------
-    before, after : mapping of str to Tensor, or sequence of Tensor
-        The model's state before and after the client's step: state dicts, or lists in state-dict order as
-        federated frameworks send them (then give `names`), of tensors or numpy arrays. Buffers may be among
-        them; they are left out.
+    before, after : mapping of str to Tensor, sequence of Tensor, nn.Module, or a Flower object
+        The model's state before and after the client's training: state dicts, nested checkpoints
+        (``{"state_dict": ...}``), Flower's ``ArrayRecord`` or ``Parameters``, or lists in state-dict order as
+        federated frameworks send them (then give `names`), of torch or numpy. Names may begin with ``module.``.
+        Buffers may be among them: they give no gradient, and those that changed are kept in ``.statistics``.
     lr : float
-        The learning rate of the step.
-    weight_decay : float
-        Of ``torch.optim.SGD``, where it is added to the gradient.
-    momentum : float
-        Must be 0. (A first step with momentum from an empty buffer is a plain step: say 0 then.)
+        The learning rate.
+    weight_decay, momentum : float
+        Of ``torch.optim.SGD``. The buffer of the momentum is taken as empty before the first step, so that one step
+        with momentum is a plain one.
     steps : int
-        Local steps of the client. Must be 1: a sum of gradients at different weights cannot be taken apart.
+        Local steps of the client. For more than one the gradients are the mean of those of the steps, each taken at
+        its own weights, the earlier ones weighted more where there is momentum.
     names : sequence of str, optional
         Names of the tensors when `before` and `after` are sequences: ``list(model.state_dict())``.
     parameters : sequence of str, optional
@@ -55,20 +59,24 @@ def gradients_from_update(
 
     Returns
     -------
-    dict of str to Tensor
-        Gradients by parameter name, in the order of `before`, for ``rconv_fast.invert``.
+    SharedGradients
+        By parameter name, in the order of `before`, for ``rconv_fast.invert``. ``.noise`` is the standard deviation
+        that the rounding of the weights leaves in each entry, ``.training`` says how it came about.
 
     Raises
     ------
-    ArgumentError
-        When names or shapes differ, values are not finite, or the update cannot be undone exactly: momentum,
-        several steps, or changed running statistics (batch norm in training mode, where one sample's gradient
-        depends on the whole batch).
+    ArgumentError, ArgumentTypeError
+        Names or shapes differ, values are not finite or no tensors, a number is out of its range.
 
     Notes
     -----
-    The weights were rounded after the step, which leaves a relative error of about
-    ``6e-8 * |weight| / (lr * |gradient|)`` in a float32 gradient. The subtraction itself is done in float64.
+    A step computes ``w' = w - lr g``, rounded at ``lr g`` (fused kernels do not round there) and at ``w'``. Each is
+    off by a uniform error of standard deviation spacing / sqrt(12), so that
+
+        noise = sqrt(steps) * hypot(spacing(w'), spacing(lr g)) / sqrt(12) / lr.
+
+    The spacing is that of the coarsest format which holds all weights of `after`: states that were rounded to
+    float32 or bfloat16 on their way are known by that, whatever dtype they come in.
 
     Examples
     --------
@@ -77,87 +85,86 @@ def gradients_from_update(
     >>> gradients_from_update(before, after, lr=0.5)
     {'weight': tensor([1., 0.])}
     """
-    require(0 < lr < math.inf, _FUNCTION, "lr", "be positive and finite", lr)
-    require(weight_decay >= 0, _FUNCTION, "weight_decay", "be >= 0", weight_decay)
-    require(
-        momentum == 0,
-        _FUNCTION,
-        "momentum",
-        "be 0 (an update with momentum mixes in earlier gradients)",
-        momentum,
+    training = LocalTraining(lr, steps, momentum, weight_decay)
+    _check_training(training)
+    old, new = read_state(_FUNCTION, "before", before, names), read_state(_FUNCTION, "after", after, names)
+    _check_names(old, new)
+    wanted = None if parameters is None else set(plain_names(list(parameters)))
+    absent = sorted((wanted or set()) - old.keys())
+    require(not absent, _FUNCTION, "before", "hold every parameter", f"none called {absent[:1]}")
+    weights = [name for name in old if _is_parameter(name, old[name], wanted)]
+    require(bool(weights), _FUNCTION, "before", "hold at least one floating-point parameter", "none")
+
+    kept, total = _coefficients(training)
+    spacing_of = _format_of(new[name] for name in weights)
+    gradients, noise = {}, {}
+    for name in weights:
+        w, stepped = old[name].double(), new[name].to(old[name].device).double()
+        for side, value in (("before", w), ("after", stepped)):
+            require(bool(value.isfinite().all()), _FUNCTION, f"{side}[{name!r}]", "be finite", "NaN or Inf")
+        step = kept * w - stepped
+        rounding = torch.hypot(spacing(stepped, spacing_of), spacing(step / steps, spacing_of)) / _UNIFORM
+        gradients[name] = (step / (lr * total)).to(torch.promote_types(old[name].dtype, new[name].dtype))
+        noise[name] = (math.sqrt(steps) * rounding / (lr * total)).float()
+    changed = {n: new[n] for n in old if n not in gradients and not torch.equal(old[n], new[n].to(old[n].device))}
+    return SharedGradients(
+        gradients, noise=noise, steps=steps, source=str(training), statistics=changed, training=training
     )
-    require(steps == 1, _FUNCTION, "steps", "be 1 (several steps add gradients taken at different weights)", steps)
-    old = _by_name("before", before, names)
-    new = _by_name("after", after, names)
+
+
+def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Distance from each value to the next one that `dtype` can hold, as numpy.spacing has it for numpy's types.
+
+    Examples
+    --------
+    >>> spacing(torch.tensor([1.0, -3.0]), torch.bfloat16)
+    tensor([0.0078, 0.0156])
+    """
+    limits = torch.finfo(dtype)
+    _, exponent = torch.frexp(values)  # |value| = mantissa * 2^exponent, mantissa in [1/2, 1)
+    return torch.ldexp(torch.full_like(values, limits.eps), exponent - 1).clamp_min(limits.tiny * limits.eps)
+
+
+def _check_training(training: LocalTraining) -> None:
+    lr, steps = training.lr, training.steps
+    require(0 < lr < math.inf, _FUNCTION, "lr", "be positive and finite", lr)
+    require(training.weight_decay >= 0, _FUNCTION, "weight_decay", "be >= 0", training.weight_decay)
+    require(0 <= training.momentum < 1, _FUNCTION, "momentum", "be in [0, 1)", training.momentum)
+    require_type(isinstance(steps, int), _FUNCTION, "steps", "be an int", repr(steps))
+    require(steps >= 1, _FUNCTION, "steps", "be >= 1", steps)
+
+
+def _check_names(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     missing, extra = sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())
     require(not missing, _FUNCTION, "after", f"hold {missing[:1]}", f"{len(new)} tensors without it")
     require(not extra, _FUNCTION, "after", "hold only the names of before", f"also {extra[:1]}")
-    wanted = None if parameters is None else set(parameters)
-    if wanted is not None:
-        absent = sorted(wanted - old.keys())
-        require(not absent, _FUNCTION, "before", "hold every parameter", f"none called {absent[:1]}")
-
-    gradients = {}
     for name, tensor in old.items():
-        other = new[name].to(tensor.device)
-        require(
-            tensor.shape == other.shape,
-            _FUNCTION,
-            f"after[{name!r}]",
-            f"have shape {tuple(tensor.shape)}",
-            tuple(other.shape),
-        )
-        if _is_buffer(name, tensor, wanted):
-            _refuse_training_mode(name, tensor, other)
-            continue
-        for side, value in (("before", tensor), ("after", other)):
-            require(bool(value.isfinite().all()), _FUNCTION, f"{side}[{name!r}]", "be finite", "NaN or Inf")
-        gradient = (tensor.double() - other.double()) / lr - weight_decay * tensor.double()
-        gradients[name] = gradient.detach().to(torch.promote_types(tensor.dtype, other.dtype))
-    require(bool(gradients), _FUNCTION, "before", "hold at least one floating-point parameter", "none")
-    return gradients
+        shape, other = tuple(tensor.shape), tuple(new[name].shape)
+        scalars = tensor.numel() == new[name].numel() == 1  # counters come as (), as (1,) and as plain numbers
+        require(shape == other or scalars, _FUNCTION, f"after[{name!r}]", f"have shape {shape}", other)
 
 
-def _by_name(argument: str, state: State, names: Sequence[str] | None) -> dict[str, Tensor]:
-    if not isinstance(state, Mapping):
-        require_type(
-            isinstance(state, Sequence) and not isinstance(state, str | bytes),
-            _FUNCTION,
-            argument,
-            "be a mapping or a sequence of tensors",
-            type(state).__name__,
-        )
-        require(names is not None, _FUNCTION, "names", "be given when before and after are sequences", None)
-        assert names is not None
-        require(
-            len(names) == len(state),
-            _FUNCTION,
-            argument,
-            f"hold {len(names)} tensors, one a name",
-            len(state),
-        )
-        state = dict(zip(names, state, strict=True))
-    tensors = {}
-    for name, value in state.items():
-        kind = type(value).__name__
-        require_type(isinstance(value, Tensor | np.ndarray), _FUNCTION, f"{argument}[{name!r}]", "be a tensor", kind)
-        tensors[name] = torch.as_tensor(value)
-    return tensors
-
-
-def _is_buffer(name: str, tensor: Tensor, parameters: set[str] | None) -> bool:
+def _is_parameter(name: str, tensor: Tensor, parameters: set[str] | None) -> bool:
     if parameters is not None:
-        return name not in parameters
-    last = name.rpartition(".")[2]
-    return last in _RUNNING_STATISTICS + _OTHER_BUFFERS or not tensor.is_floating_point()
+        return name in parameters
+    return tensor.is_floating_point() and name.rpartition(".")[2] not in _STATISTICS
 
 
-def _refuse_training_mode(name: str, before: Tensor, after: Tensor) -> None:
-    last = name.rpartition(".")[2]
-    require(
-        last not in _RUNNING_STATISTICS + _OTHER_BUFFERS or torch.equal(before, after),
-        _FUNCTION,
-        f"after[{name!r}]",
-        "be unchanged (the model trained with batch norm in training mode, which mixes the samples)",
-        "a changed value",
-    )
+def _coefficients(training: LocalTraining) -> tuple[float, float]:
+    """The steps are linear in weights and gradients: ``after = kept * before - lr * total * (mean gradient)``."""
+    w, v, total, u = 1.0, 0.0, 0.0, 0.0
+    for _ in range(training.steps):
+        v = training.momentum * v + training.weight_decay * w
+        u = training.momentum * u + 1.0 - training.lr * training.weight_decay * total
+        w, total = w - training.lr * v, total + u
+    return w, total
+
+
+def _format_of(weights: Iterable[Tensor]) -> torch.dtype:
+    """The coarsest floating format that holds every weight; the dtype itself where there are few to judge by."""
+    tensors = list(weights)
+    own = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+    if sum(len(t.flatten()[:_TELLING].unique()) for t in tensors) < _TELLING:
+        return own
+    coarser = (torch.bfloat16, torch.float16, torch.float32)
+    return next((d for d in coarser if all(torch.equal(t.to(d).to(t.dtype), t) for t in tensors)), own)
