@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,8 +17,10 @@ from rconv_fast.heads import HeadCandidate, head_candidates
 from rconv_fast.layers.rules import ActivationRule
 from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
+from rconv_fast.received import read_gradients
 from rconv_fast.solve import PRIORS, norm
 from rconv_fast.walk import LayerReport, Walk
+from rconv_fast.wrappers import working_copy
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,
@@ -134,11 +135,11 @@ def invert(
     R-CONV (Eltaras et al., WISE 2024), sections 3 and 4; R-CONV++ (Computing 107:156, 2025).
     """
     shape = _check_arguments(model, input_shape, loss, prior, batch_size, dtype)
-    named = _named_gradients(model, gradients)
-    precision = rounding_of(*named.values())
-    work = copy.deepcopy(model).to(dtype)
+    seen = read_gradients("invert", model, gradients)
+    precision = rounding_of(*seen.values())
+    work = working_copy(model, dtype)
     device = next(work.parameters()).device
-    named = {name: g.detach().to(device=device, dtype=dtype) for name, g in named.items()}
+    named = {name: g.to(device=device, dtype=dtype) for name, g in seen.items()}
     with progress_callback(progress) as report:
         report(Event("head", "separate"))
         single = build_graph(work, named, shape, 1)
@@ -311,58 +312,6 @@ def _check_arguments(
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     require_type(floating, "invert", "dtype", "be a real floating type", repr(dtype))
     return shape
-
-
-def _named_gradients(model: nn.Module, gradients: Mapping[str, Tensor] | Sequence[Tensor]) -> dict[str, Tensor]:
-    """Gradients by parameter name, checked one by one."""
-    parameters = dict(model.named_parameters())
-    if isinstance(gradients, Mapping):
-        named = dict(gradients)
-    else:
-        iterable = isinstance(gradients, Iterable) and not torch.is_tensor(gradients)
-        listed, kind = list(gradients) if iterable else [], type(gradients).__name__
-        require_type(bool(listed), "invert", "gradients", "be a mapping or a sequence of tensors", kind)
-        count = len(parameters)
-        require(
-            len(listed) == count,
-            "invert",
-            "gradients",
-            f"have {count} entries in parameter order",
-            len(listed),
-        )
-        named = dict(zip(parameters, listed, strict=True))
-    unknown = sorted(set(named) - set(parameters))
-    require(
-        not unknown,
-        "invert",
-        "gradients",
-        "be named as the model's parameters",
-        ", ".join(map(repr, unknown[:3])),
-    )
-    missing = sorted(name for name, p in parameters.items() if named.get(name) is None and p.requires_grad)
-    require(
-        not missing,
-        "invert",
-        "gradients",
-        "hold every trainable parameter",
-        f"none for {', '.join(missing[:3])}",
-    )
-    named = {name: g for name, g in named.items() if g is not None}
-    for name, g in named.items():
-        argument = f"gradients[{name!r}]"
-        require_type(isinstance(g, Tensor), "invert", argument, "be a torch.Tensor", type(g).__name__)
-        require_type(g.is_floating_point(), "invert", argument, "be of a real floating type", g.dtype)
-        wanted = tuple(parameters[name].shape)
-        require(tuple(g.shape) == wanted, "invert", argument, f"have shape {wanted}", tuple(g.shape))
-        require(bool(torch.isfinite(g).all()), "invert", argument, "be finite", "NaN or Inf")
-    require(
-        any(bool(g.any()) for g in named.values()),
-        "invert",
-        "gradients",
-        "not be all zero",
-        "a zero gradient",
-    )
-    return named
 
 
 __all__ = ["Inversion", "RconvError", "UnsupportedModelError", "invert"]

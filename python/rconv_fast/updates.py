@@ -122,7 +122,9 @@ def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     limits = torch.finfo(dtype)
     _, exponent = torch.frexp(values)  # |value| = mantissa * 2^exponent, mantissa in [1/2, 1)
-    return torch.ldexp(torch.full_like(values, limits.eps), exponent - 1).clamp_min(limits.tiny * limits.eps)
+    smallest = limits.tiny * limits.eps
+    grid = torch.ldexp(torch.full_like(values, limits.eps), exponent - 1).clamp_min(smallest)
+    return torch.where(values == 0, smallest, grid)
 
 
 def _check_training(training: LocalTraining) -> None:
