@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from rconv_fast.audit import LayerRank, rank_analysis
 from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
 from rconv_fast.errors import RconvError, UnsupportedModelError
 from rconv_fast.head import HeadSeparation, recover_linear_input, separate_softmax_batch
@@ -26,6 +27,7 @@ __all__ = [
     "ConvRecovery",
     "HeadSeparation",
     "Inversion",
+    "LayerRank",
     "LayerReport",
     "RconvError",
     "UnsupportedModelError",
@@ -36,6 +38,7 @@ __all__ = [
     "match_samples",
     "mse",
     "psnr",
+    "rank_analysis",
     "recover_conv_input",
     "recover_linear_input",
     "separate_softmax_batch",

@@ -1,0 +1,419 @@
+"""How many equations each layer has for its input: the papers' count, and the true one by stride phase and batch.
+
+A convolution with F filters (of one group), stride s, and g = dL/do says of one channel of its input x (B samples)
+
+    dW[f,k] = sum_b sum_u g[b,f,u] x[b, u s + k d - p]        gradient constraints
+    o - bias = A x                                            weight constraints, where o is known
+
+The papers compare |A| + |B| with |X|. But rows with ``k d - p = r (mod s)`` touch only positions of the residue r: the
+gradient constraints fall apart into stride phases, and rows that one phase has too many are no help to another.
+Within a phase, offset k gives at most ``min(F, B n_u(k))`` independent rows, n_u(k) the outputs at which k meets the
+input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+from rconv_fast.audit.structure import checked_shape, read_structure
+from rconv_fast.errors import require, require_type
+from rconv_fast.geometry import ConvGeometry, Phase
+from rconv_fast.graph import Graph, Step
+from rconv_fast.layers.rules import (
+    ActivationRule,
+    AffineRule,
+    AverageRule,
+    ConvRule,
+    RearrangeRule,
+    SumRule,
+    UnsupportedRule,
+)
+
+# Of the outputs of an activation with flat pieces (ReLU) this share is expected to be invertible, unless measured.
+EXPECTED_ALIVE = 0.5
+# Layers behind the logits that the loss is looked through.
+WRAPPERS = ("logsoftmax", "softmax", "sigmoid", "logsigmoid")
+
+
+class PhaseRank(NamedTuple):
+    """Gradient constraints and unknowns of one stride phase, for one channel of the input."""
+
+    rows: int
+    unknowns: int
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """What one layer's equations can say of its input.
+
+    Attributes
+    ----------
+    name, kind : str
+        Layer (layers, joined by ``" + "``, where several read the same tensor) and what it is.
+    weight_constraints : int
+        The paper's |A|: outputs recoverable through the activation behind; expected (or measured) where a ReLU decides.
+    gradient_constraints : int
+        The paper's |B| = |W|.
+    unknowns : int
+        The paper's |X|: values of the input, all samples of the batch.
+    paper_says : bool
+        The paper's rule: ``|A| + |B| >= |X|``, "recoverable".
+    phases : tuple of PhaseRank
+        Rows and unknowns of each stride phase, one channel.
+    rank_bound : int
+        No system of these equations has a higher rank: phases, batch, unreached positions and known values counted.
+    determined : bool
+        ``rank_bound == unknowns``: the equations can determine every value.
+    values : int
+        Value equations that really are available: also through averages and skip connections.
+    unreached : int
+        Values that no output depends on. Within the network they carry no gradient and stop nothing.
+    covered : bool
+        False where this package has no exact method for the layer. Not covered is not safe.
+    reason : str
+        One sentence where the recursion stops here, else empty.
+    pattern : str
+        The hidden pattern in front of which the layer stands, and how hard it is to find; empty if there is none.
+    """
+
+    name: str
+    kind: str
+    weight_constraints: int = 0
+    gradient_constraints: int = 0
+    unknowns: int = 0
+    paper_says: bool = False
+    phases: tuple[PhaseRank, ...] = ()
+    rank_bound: int = 0
+    determined: bool = False
+    values: int = 0
+    unreached: int = 0
+    covered: bool = True
+    reason: str = ""
+    pattern: str = ""
+
+    @property
+    def stops(self) -> bool:
+        """Whether the recursion ends here: values that matter are open."""
+        return bool(self.reason)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a probe showed: the share of an activation's outputs that can be inverted, filters with a gradient."""
+
+    alive: Mapping[str, float] = field(default_factory=dict)
+    filters: Mapping[str, int] = field(default_factory=dict)
+
+
+def rank_analysis(model: nn.Module, input_shape: Sequence[int], *, batch_size: int = 1) -> list[LayerRank]:
+    """Count every layer's equations from the model's structure alone.
+
+    No gradient is computed, nothing is solved, no parameter is copied: the model is read on torch's meta device. Of
+    the outputs of a ReLU half are expected to be positive; `audit` measures them with a probe.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, on any device.
+    input_shape : sequence of int
+        Shape of one sample, without the batch.
+    batch_size : int
+        Samples behind the shared gradient.
+
+    Returns
+    -------
+    list of LayerRank
+        Layers with unknowns to solve for, and layers that stop the recursion, in forward order. The last fully
+        connected layer is `determined` if cross-entropy's samples can be separated there (``B <= n - 2``, or B = 1).
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        For a wrong argument, or an input shape that the model refuses.
+    UnsupportedModelError
+        For a model that torch.fx cannot trace.
+
+    References
+    ----------
+    R-CONV (Eltaras et al., WISE 2024), section 4; the counts by stride phase are this package's own.
+    """
+    shape = checked_shape("rank_analysis", model, input_shape)
+    require_type(isinstance(batch_size, int), "rank_analysis", "batch_size", "be an int", repr(batch_size))
+    require(batch_size >= 1, "rank_analysis", "batch_size", "be at least 1", batch_size)
+    return count_layers(read_structure(model, shape), batch_size)
+
+
+def count_layers(
+    graph: Graph, batch_size: int, measured: Measured | None = None, loss: str = "cross_entropy"
+) -> list[LayerRank]:
+    """The counts of a graph of one sample, for a batch of `batch_size`, with a probe's shares where given."""
+    return _Count(graph, batch_size, measured or Measured(), loss).run()
+
+
+def head_capacity(loss: str, classes: int, has_bias: bool) -> int:
+    """The largest batch that the last layer's gradient alone can be taken apart into.
+
+    Cross-entropy: ``n - B + 1`` equations for the B coordinates of a sample leave ``B <= n - 2`` in general.
+    """
+    if loss in ("cross_entropy", "nll"):
+        return max(1, classes - 2) if has_bias else max(1, classes - 3)
+    return 1
+
+
+class _Count:
+    """The recursion of `walk` with shares instead of values: what would be known of each tensor, last layer first."""
+
+    def __init__(self, graph: Graph, batch_size: int, measured: Measured, loss: str) -> None:
+        self.graph, self.batch, self.measured, self.loss = graph, batch_size, measured, loss
+        self.known: dict[str, float] = {}
+        self.found: dict[str, LayerRank] = {}
+
+    def run(self) -> list[LayerRank]:
+        """All layers, in forward order."""
+        head = self._head()
+        steps = list(self.graph.steps)
+        behind = steps if head is None else steps[: steps.index(head.name)]
+        for name in reversed(behind):
+            self._settle(self.graph.steps[name])
+        return [self.found[name] for name in steps if name in self.found]
+
+    def _head(self) -> Step | None:
+        """Enter the last fully connected layer; None where the model does not end in one."""
+        step = self.graph.steps[self.graph.output]
+        while _is_wrapper(step) and len(step.inputs) == 1:
+            step = self.graph.steps[step.inputs[0]]
+        rule = step.rule
+        if not isinstance(rule, ConvRule) or rule.geometry.n_taps != 1 or len(step.shape) != 2:
+            reason = f"{rule.kind} as the last layer, where a fully connected one is needed"
+            self.found[step.name] = LayerRank(step.label, rule.kind, covered=False, reason=reason)
+            return None
+        classes, features = rule.geometry.out_channels, rule.geometry.in_channels
+        capacity = head_capacity(self.loss, classes, rule.bias is not None)
+        unknowns, rows = self.batch * features, classes * features
+        enough = self.batch <= capacity
+        reason = "" if enough else f"a batch of {self.batch} where {classes} outputs can separate {capacity}"
+        self.found[step.name] = LayerRank(
+            step.label,
+            rule.kind,
+            gradient_constraints=rows,
+            unknowns=unknowns,
+            paper_says=rows >= unknowns,
+            phases=(PhaseRank(classes, self.batch),),
+            rank_bound=min(rows, unknowns),
+            determined=enough,
+            reason=reason,
+        )
+        self.known[step.inputs[0]] = 1.0
+        return step
+
+    def _settle(self, step: Step) -> None:
+        """What is known of one tensor; where too little is, say so and go on as if it were known."""
+        consumers = [self.graph.steps[name] for name, _ in self.graph.consumers[step.name]]
+        if isinstance(step.rule, UnsupportedRule) and step.name != self.graph.input:
+            self.found[step.name] = LayerRank(step.label, step.rule.kind, covered=False, reason=step.rule.reason)
+        if step.name in self.known or not consumers:
+            return
+        share = self._share(step.name)
+        convolved = any(isinstance(consumer.rule, ConvRule) for consumer in consumers)
+        if convolved or (share < 1 and step.name == self.graph.input):
+            self._count(step, consumers, share)
+        elif share < 1 and step.rule.needs_output:
+            reason = f"{step.rule.kind}, whose output the layers behind it do not determine"
+            self.found[step.name] = LayerRank(step.label, step.rule.kind, reason=reason)
+        elif share < 1:
+            return  # its values, where they are needed, follow from the steps behind
+        self.known[step.name] = 1.0
+
+    def _share(self, name: str) -> float:
+        """The share of a tensor's values that follows one by one from the tensors behind it."""
+        if name in self.known:
+            return self.known[name]
+        return max((self._pulled(name, consumer) for consumer, _ in self.graph.consumers[name]), default=0.0)
+
+    def _pulled(self, name: str, behind: str) -> float:
+        """The same, through one of its consumers."""
+        step = self.graph.steps[behind]
+        match step.rule:
+            case ActivationRule():
+                return self._share(behind) * self._alive(step)
+            case AffineRule() | RearrangeRule():
+                return self._share(behind)
+            case SumRule():
+                others = [operand for operand in step.inputs if operand != name]
+                return self._share(behind) if all(map(self._computable, others)) else 0.0
+            case _:
+                return 0.0
+
+    def _alive(self, step: Step) -> float:
+        """The share of an activation's outputs that can be inverted."""
+        assert isinstance(step.rule, ActivationRule)
+        expected = EXPECTED_ALIVE if step.rule.activation.flats else 1.0
+        return self.measured.alive.get(step.name, expected)
+
+    def _computable(self, name: str) -> bool:
+        """Whether a tensor follows by running the model forward from known ones."""
+        if name in self.known:
+            return True
+        inputs = self.graph.steps[name].inputs
+        return bool(inputs) and all(map(self._computable, inputs))
+
+    def _equations(self, name: str) -> float:
+        """Equations for a tensor from its values behind: one a value, or one an average or a pool's window."""
+        found = self._share(name) * self._numel(name)
+        for behind, _ in self.graph.consumers[name]:
+            if isinstance(self.graph.steps[behind].rule, AverageRule) or _is_pool(self.graph.steps[behind]):
+                found = max(found, self._share(behind) * self._numel(behind))
+        return found
+
+    def _numel(self, name: str) -> int:
+        return self.batch * math.prod(self.graph.steps[name].shape[1:])
+
+    def _count(self, step: Step, consumers: list[Step], share: float) -> None:
+        """The equations of one tensor: a layer's input."""
+        layers = [consumer for consumer in consumers if isinstance(consumer.rule, ConvRule)]
+        tallies = [self._tally(layer) for layer in layers]
+        unknowns = self._numel(step.name)
+        reached = max((tally.reached for tally in tallies), default=0)
+        unreached = 0 if share > 0 else unknowns - reached
+        values = math.floor(share * unknowns + sum(self._equations(layer.name) for layer in layers))
+        rank = min(unknowns - unreached, sum(tally.rank for tally in tallies) + values)
+        weights = math.floor(sum(self._paper_share(layer) * self._numel(layer.name) for layer in layers))
+        gradients = sum(tally.gradients for tally in tallies)
+        named = layers or consumers
+        label = " + ".join(layer.label for layer in named)
+        self.found[named[-1].name] = LayerRank(
+            label,
+            " + ".join(dict.fromkeys(layer.rule.kind for layer in named)),
+            weight_constraints=weights,
+            gradient_constraints=gradients,
+            unknowns=unknowns,
+            paper_says=weights + gradients >= unknowns,
+            phases=tuple(phase for tally in tallies for phase in tally.phases),
+            rank_bound=rank,
+            determined=rank == unknowns,
+            values=values,
+            unreached=unreached,
+            reason=self._shortfall(step, rank, unknowns, unreached),
+            pattern=self._pattern(layers),
+        )
+
+    def _shortfall(self, step: Step, rank: int, unknowns: int, unreached: int) -> str:
+        """Why the recursion stops here, or nothing."""
+        if rank < unknowns - unreached:
+            return f"at most {rank} independent equations for {unknowns - unreached} values"
+        if unreached and step.name == self.graph.input:
+            return f"{unreached} of {unknowns} values are read by no output"
+        return ""
+
+    def _tally(self, layer: Step) -> Tally:
+        assert isinstance(layer.rule, ConvRule)
+        geometry = layer.rule.geometry
+        return tally(geometry, self.batch, self.measured.filters.get(layer.name, geometry.out_channels))
+
+    def _paper_share(self, layer: Step) -> float:
+        """The share of a layer's outputs that the paper's rule counts: what the activation behind it lets through."""
+        behind = [self.graph.steps[name] for name, _ in self.graph.consumers[layer.name]]
+        if len(behind) != 1:
+            return 1.0
+        match behind[0].rule:
+            case ActivationRule():
+                return self._alive(behind[0])
+            case AffineRule() | RearrangeRule() | SumRule():
+                return self._paper_share(behind[0])
+            case ConvRule():
+                return 1.0
+            case _:
+                return 0.0
+
+    def _pattern(self, layers: list[Step]) -> str:
+        """The hidden pattern behind a layer, and how hard it is by the gradient rows per unknown."""
+        pools = [pool for layer in layers if (pool := self._pool_behind(layer)) is not None]
+        if not pools:
+            return ""
+        rule = layers[0].rule
+        assert isinstance(rule, ConvRule)
+        filters = rule.geometry.out_channels // rule.geometry.groups
+        ratio = filters * rule.geometry.n_taps / (self.batch * rule.geometry.n_input)
+        return f"{pools[0].rule.kind} hides its positions: {ratio:.1f} gradient rows per unknown, {_hardness(ratio)}"
+
+    def _pool_behind(self, layer: Step) -> Step | None:
+        behind = [self.graph.steps[name] for name, _ in self.graph.consumers[layer.name]]
+        if len(behind) != 1:
+            return None
+        if _is_pool(behind[0]):
+            return behind[0]
+        through = isinstance(behind[0].rule, ActivationRule | AffineRule)
+        return self._pool_behind(behind[0]) if through else None
+
+
+def _is_wrapper(step: Step) -> bool:
+    name = step.rule.kind.lower().replace("_", "")
+    return name in WRAPPERS or isinstance(step.rule, RearrangeRule)
+
+
+def _is_pool(step: Step) -> bool:
+    return "maxpool" in step.rule.kind.lower().replace("_", "")
+
+
+def _hardness(ratio: float) -> str:
+    """How often the search for pooling positions succeeded in this package's own trials, by rows per unknown."""
+    if ratio >= 4:
+        return "found in every trial"
+    if ratio >= 3:
+        return "found in most trials"
+    return "found in some trials" if ratio >= 2 else "not found in trials"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The gradient constraints of one convolution: counts for all channels together, phases for one."""
+
+    gradients: int
+    phases: tuple[PhaseRank, ...]
+    rank: int
+    reached: int
+
+
+def tally(geometry: ConvGeometry, batch: int, filters: int) -> Tally:
+    """Count rows, rank bound and reached positions of a convolution with `filters` live filters."""
+    of_group = max(filters // geometry.groups, 1)
+    phases, rank, reached = [], 0, 0
+    for phase in geometry.phases:
+        touched = batch * _reached(geometry, phase)
+        independent = sum(min(of_group, batch * outputs) for outputs in _outputs_by_tap(geometry, phase))
+        phases.append(PhaseRank(of_group * phase.n_taps, batch * phase.n_positions))
+        rank += min(touched, independent)
+        reached += touched
+    channels = geometry.in_channels
+    gradients = geometry.out_channels // geometry.groups * geometry.n_taps * channels
+    return Tally(gradients, tuple(phases), channels * rank, channels * reached)
+
+
+def _outputs_on_axis(geometry: ConvGeometry, axis: int, tap: int) -> range:
+    """Outputs u at which the offset meets the input: ``0 <= u s + k d - p < n``."""
+    s, shift = geometry.stride[axis], tap * geometry.dilation[axis] - geometry.padding[axis]
+    first = max(0, -(shift // s))
+    last = min(geometry.out_size[axis] - 1, (geometry.input_size[axis] - 1 - shift) // s)
+    return range(first, last + 1)
+
+
+def _outputs_by_tap(geometry: ConvGeometry, phase: Phase) -> list[int]:
+    """For every offset of a phase, the number of outputs at which it meets the input."""
+    counts = [1]
+    for axis, taps in enumerate(phase.taps):
+        counts = [n * len(_outputs_on_axis(geometry, axis, tap)) for n in counts for tap in taps]
+    return counts
+
+
+def _reached(geometry: ConvGeometry, phase: Phase) -> int:
+    """Positions of a phase that some output reads."""
+    total = 1
+    for axis, taps in enumerate(phase.taps):
+        s, d, p = geometry.stride[axis], geometry.dilation[axis], geometry.padding[axis]
+        total *= len({u * s + tap * d - p for tap in taps for u in _outputs_on_axis(geometry, axis, tap)})
+    return total
