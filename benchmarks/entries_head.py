@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import Entry
-from rconv_fast.head import HeadSeparation, separate_softmax_batch
-from rconv_fast.peeling import PeeledBatch, peel_relu_batch
+from rconv_fast import HeadSeparation, peel_relu_batch, separate_softmax_batch
 
 # (classes, features, batch)
 HEADS = [(10, 192, 1), (10, 192, 4), (10, 192, 8), (100, 192, 8), (100, 192, 24), (100, 192, 48), (200, 512, 64),
@@ -52,7 +51,7 @@ def stack_inputs(batch: int, d: int, width: int, shift: float) -> dict[str, Any]
 def facts(inputs: dict[str, Any]) -> Any:
     """Record how many samples came back, and the largest relative error and wrong label among them."""
 
-    def record(result: HeadSeparation | PeeledBatch) -> dict[str, Any]:
+    def record(result: HeadSeparation) -> dict[str, Any]:
         truth = inputs["inputs"]
         found: dict[str, Any] = {"complete": result.complete, "found": len(result.inputs), "batch": len(truth)}
         if len(result.inputs):

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rconv_fast.binary_head import separate_logistic_head, separate_mse_head
 from rconv_fast.errors import ArgumentError
+from rconv_fast.heads.logistic import separate_logistic_head
+from rconv_fast.heads.mse import separate_mse_head
 
 
 def _case(loss, n, d, batch, *, bias, seed):
@@ -36,7 +37,7 @@ def test_logistic_head_with_bias_has_one_reading(n, seed):
     x, target, head = _case(F.binary_cross_entropy_with_logits, n, 20, 1, bias=True, seed=seed)
     (reading,) = separate_logistic_head(*head)
     assert _distance(reading.inputs, x) < 1e-12
-    assert torch.equal(reading.targets, target)
+    assert torch.equal(reading.labels, target)
     assert _distance(reading.grad_logits, head[1][None]) < 1e-12
 
 
@@ -47,11 +48,11 @@ def test_logistic_head_without_bias_lists_the_true_sample_among_few(seed):
     assert 1 <= len(readings) <= 4
     right = [r for r in readings if _distance(r.inputs, x) < 1e-9]
     assert len(right) == 1
-    assert torch.equal(right[0].targets, target)
+    assert torch.equal(right[0].labels, target)
     for r in readings:  # every reading makes the same gradient
         grad = r.grad_logits.mT @ r.inputs
         logits = F.linear(r.inputs, head[2])
-        assert _distance(torch.sigmoid(logits) - r.targets, r.grad_logits) < 1e-9
+        assert _distance(torch.sigmoid(logits) - r.labels, r.grad_logits) < 1e-9
         assert _distance(grad, head[0]) < 1e-12
 
 
@@ -61,7 +62,7 @@ def test_logistic_head_with_several_logits_needs_no_bias(seed):
     readings = separate_logistic_head(*head)
     right = [r for r in readings if _distance(r.inputs, x) < 1e-9]
     assert len(right) == 1
-    assert torch.equal(right[0].targets, target)
+    assert torch.equal(right[0].labels, target)
 
 
 def test_logistic_head_does_not_accept_a_mixture():
@@ -74,7 +75,7 @@ def test_mse_head_with_bias_recovers_input_and_target(seed):
     x, target, head = _case(F.mse_loss, 4, 20, 1, bias=True, seed=seed)
     (reading,) = separate_mse_head(*head)
     assert _distance(reading.inputs, x) < 1e-12
-    assert _distance(reading.targets, target) < 1e-11
+    assert _distance(reading.labels, target) < 1e-11
 
 
 def test_mse_head_without_bias_says_what_is_not_determined():

@@ -19,6 +19,8 @@ from rconv_fast.errors import ArgumentError, ArgumentTypeError
 from rconv_fast.graph import build_graph
 from rconv_fast.heads import head_candidates
 from rconv_fast.invert import _what_misses
+from rconv_fast.losses import Loss
+from rconv_fast.observation import Observation
 from rconv_fast.walk import LayerReport
 
 
@@ -245,8 +247,9 @@ def test_a_reading_of_the_head_that_a_relu_cannot_put_out_is_dropped() -> None:
     loss = F.binary_cross_entropy_with_logits(model(X), torch.ones(1, 1, dtype=torch.float64))
     names, parameters = zip(*model.named_parameters(), strict=True)
     shared = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
-    candidates = head_candidates(build_graph(model, shared, SHAPE, 1), "binary_cross_entropy_with_logits", None, None)
-    features = [value for candidate in candidates for value in candidate.values.values()]
+    seen = Observation(shared, Loss("binary_cross_entropy_with_logits"))
+    outcome = head_candidates(build_graph(model, shared, SHAPE, 1), seen)
+    features = [value for candidate in outcome.candidates for value in candidate.values.values()]
     assert len(features) == 2  # of four: the logit has two values for each sign
     assert all(bool((value >= 0).all()) for value in features)
     assert any(torch.allclose(value, model[:3](X), atol=1e-12) for value in features)

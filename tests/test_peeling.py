@@ -12,7 +12,7 @@ from torch import nn
 from attacks import assert_recovered, gradients_of, photo, some_labels
 from rconv_fast import invert
 from rconv_fast.errors import ArgumentError
-from rconv_fast.peeling import peel_relu_batch
+from rconv_fast.heads import peel_relu_batch
 
 
 def make_stack(batch, widths, *, seed=0, shift=0.0, classes=10):
@@ -94,7 +94,7 @@ def test_arguments_are_checked():
         peel_relu_batch(layers[:1], grads[:1])
     with pytest.raises(ArgumentError, match="grads must hold 2 pairs"):
         peel_relu_batch(layers, grads[:1])
-    with pytest.raises(ArgumentError, match="reduction must be"):
+    with pytest.raises(ArgumentError, match="reduction must be one of"):
         peel_relu_batch(layers, grads, reduction="none")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from rconv_fast.audit import LayerRank, rank_analysis
 from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
 from rconv_fast.errors import RconvError, UnsupportedModelError
-from rconv_fast.head import HeadSeparation, recover_linear_input, separate_softmax_batch
+from rconv_fast.heads import HeadSeparation, peel_relu_batch, recover_linear_input, separate_softmax_batch
 from rconv_fast.invert import Inversion, invert
 from rconv_fast.metrics import match_samples, mse, psnr, ssim
 from rconv_fast.recover import ConvRecovery, constraint_operator, recover_conv_input
@@ -37,6 +37,7 @@ __all__ = [
     "invert",
     "match_samples",
     "mse",
+    "peel_relu_batch",
     "psnr",
     "rank_analysis",
     "recover_conv_input",

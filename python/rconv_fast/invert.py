@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from rconv_fast.errors import RconvError, UnsupportedModelError, require, require_type
 from rconv_fast.graph import Graph, build_graph
-from rconv_fast.head import rounding_of
 from rconv_fast.heads import HeadCandidate, head_candidates
+from rconv_fast.heads.separation import rounding_of
 from rconv_fast.layers.rules import ActivationRule
+from rconv_fast.losses import Loss
+from rconv_fast.observation import Observation
 from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
@@ -143,7 +145,10 @@ def invert(
     with progress_callback(progress) as report:
         report(Event("head", "separate"))
         single = build_graph(work, named, shape, 1)
-        candidates = head_candidates(single, loss, batch_size, labels)
+        outcome = head_candidates(single, Observation(named, Loss(loss), rounding=precision / 2), batch_size, labels)
+        if not outcome.candidates:
+            raise UnsupportedModelError(outcome.stops_at, outcome.reason)
+        candidates = outcome.candidates
         results = []
         for head in candidates:
             size = len(head.grad_logits)

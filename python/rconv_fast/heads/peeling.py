@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rconv_fast.budget import Budget
 from rconv_fast.errors import require
-from rconv_fast.head import check_head_gradients, numerical_rank, rounding_of
+from rconv_fast.heads.separation import HeadSeparation, check_head, numerical_rank, rounding_of
 
 # A candidate's predicted gradient may differ from the given one by this many roundings, relative to the sum of
 # what has been added and subtracted there.
@@ -28,43 +29,6 @@ _SEARCH_SAMPLES = 12
 _SEARCH_DRAWS = 1 << 16
 _SEARCH_CHUNK = 1 << 12
 _SEARCH_KEEP = 512
-
-
-@dataclass(frozen=True)
-class PeeledBatch:
-    """The samples of a batch, separated in a fully connected ReLU stack.
-
-    Attributes
-    ----------
-    inputs : Tensor, shape (m, d)
-        Input of the first fully connected layer, one row for each certified sample.
-    labels : Tensor, shape (m,), int64
-        The label that each certificate proves.
-    grad_preactivation : Tensor, shape (m, n_1)
-        Gradient at the first layer's pre-activation.
-    grad_logits : Tensor, shape (m, n)
-        Gradient at the logits, ``(softmax - e_y) / B``.
-    residuals : Tensor, shape (m,)
-        Relative mismatch of the sample's own certificate.
-    batch_size : int
-        Number of samples in the batch.
-    complete : bool
-        Whether all samples are found and together explain the gradients of every layer given.
-    head_residual : float
-        Relative mismatch of all those gradients, the largest layer.
-    reason : str
-        Why it is not complete; empty when it is.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-    grad_preactivation: Tensor
-    grad_logits: Tensor
-    residuals: Tensor
-    batch_size: int
-    complete: bool
-    head_residual: float
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +98,8 @@ def peel_relu_batch(
     batch_size: int | None = None,
     reduction: str = "mean",
     seed: int = 0,
-) -> PeeledBatch:
+    time_limit: float | None = None,
+) -> HeadSeparation:
     """Separate a batch in a stack of fully connected ReLU layers that ends in a softmax head.
 
     Peeling: neuron j of the first layer gives the candidate ``x = G_j / h_j``. It is a sample if some label y
@@ -159,11 +124,14 @@ def peel_relu_batch(
         Of the cross-entropy over the batch.
     seed : int
         Seed of the draws of the sparsity search.
+    time_limit : float, optional
+        Seconds after which the search ends with what it has.
 
     Returns
     -------
-    PeeledBatch
-        Only certified samples; see ``complete``. In the dtype of the first gradient.
+    HeadSeparation
+        Only certified samples; see ``complete``. ``inputs`` are those of the first fully connected layer,
+        ``grad_preactivation`` the gradients behind it. In the dtype of the first gradient.
 
     Raises
     ------
@@ -181,10 +149,11 @@ def peel_relu_batch(
     NeurIPS 2024), section 4, without its greedy repair of false directions.
     """
     function = "peel_relu_batch"
+    budget = Budget.seconds(time_limit)
     stack, size = _checked_stack(function, layers, grads, batch_size, reduction)
-    found = _peel(stack, size)
+    found = _peel(stack, size, budget)
     if 0 < size - len(found.x) <= _SEARCH_SAMPLES:
-        more = _search_sparse(stack, size - len(found.x), torch.Generator().manual_seed(seed))
+        more = _search_sparse(stack, size - len(found.x), torch.Generator().manual_seed(seed), budget)
         if more is not None:
             found = found.join(more)
     if len(found.x) == size:
@@ -201,13 +170,10 @@ def _checked_stack(
 ) -> tuple[_Stack, int]:
     require(len(layers) >= 2, function, "layers", "hold at least 2 layers", len(layers))
     require(len(grads) == len(layers), function, "grads", f"hold {len(layers)} pairs", len(grads))
-    require(reduction in ("mean", "sum"), function, "reduction", "be 'mean' or 'sum'", repr(reduction))
     require(batch_size is None or batch_size >= 1, function, "batch_size", "be at least 1", batch_size)
     width = layers[0][0].shape[-1]
     for (weight, bias), (grad_weight, grad_bias) in zip(layers, grads, strict=True):
-        check_head_gradients(function, grad_weight, grad_bias, weight)
-        shape = (weight.shape[0],)
-        require(tuple(bias.shape) == shape, function, "bias", f"have shape {shape}", tuple(bias.shape))
+        check_head(function, grad_weight, grad_bias, weight, bias, reduction)
         require(weight.shape[1] == width, function, "layers", f"have {width} inputs here", weight.shape[1])
         width = weight.shape[0]
     pairs = [(a.detach().double(), b.detach().double()) for a, b in grads]
@@ -234,11 +200,11 @@ def _checked_stack(
     return stack, size
 
 
-def _peel(stack: _Stack, size: int) -> _Samples:
+def _peel(stack: _Stack, size: int, budget: Budget) -> _Samples:
     d = stack.left_weight.shape[1]
     empty = stack.left_weight.new_zeros(0)
     found = _Samples(empty.reshape(0, d), empty.long(), empty)
-    while len(found.x) < size:
+    while len(found.x) < size and not budget.spent:
         new = _single_neuron_samples(stack, found.x)
         if len(new.x) == 0:
             break
@@ -280,7 +246,7 @@ def _single_neuron_samples(stack: _Stack, known: Tensor) -> _Samples:
 def _fits_the_span(stack: _Stack, samples: _Samples, error: Tensor) -> Tensor:
     """Whether each sample's own gradients ``delta`` fit the whole layer's: ``delta = U q``, ``q^T p = 1``.
 
-    These are ``n_1 - B`` equations beyond those of the neuron that showed the sample (:mod:`rconv_fast.head_roots`).
+    These are ``n_1 - B`` equations beyond those of the neuron that showed the sample (:mod:`rconv_fast.heads.roots`).
     """
     span = stack.span
     if span is None:
@@ -314,7 +280,7 @@ def _subtract(stack: _Stack, samples: _Samples) -> None:
     stack.scale += grads[0].abs().sum(0)
 
 
-def _search_sparse(stack: _Stack, r: int, generator: torch.Generator) -> _Samples | None:
+def _search_sparse(stack: _Stack, r: int, generator: torch.Generator, budget: Budget) -> _Samples | None:
     """SPEAR's search for the r samples that are left; None unless all are found and certified."""
     kappa = float(stack.left_weight.norm() / stack.left_bias.norm())
     joined = torch.cat([stack.left_weight, kappa * stack.left_bias[:, None]], 1)
@@ -327,6 +293,8 @@ def _search_sparse(stack: _Stack, r: int, generator: torch.Generator) -> _Sample
     zero = max(1e-9, 1e3 * noise / float(values[r - 1]))  # of the largest entry
     columns = basis.new_zeros(basis.shape[0], 0)
     for _ in range(_SEARCH_DRAWS // _SEARCH_CHUNK):
+        if budget.spent:
+            break
         new = basis @ _sparse_directions(basis[alive], r, zero, generator)
         new = torch.where(new.abs() <= zero * new.abs().amax(0), 0.0, new)
         before = columns.shape[1]
@@ -420,7 +388,7 @@ def _mismatch(stack: _Stack, found: _Samples) -> float:
     return worst
 
 
-def _result(stack: _Stack, found: _Samples, size: int, dtype: torch.dtype) -> PeeledBatch:
+def _result(stack: _Stack, found: _Samples, size: int, dtype: torch.dtype) -> HeadSeparation:
     grads, _ = _deltas(stack, found)
     mismatch = _mismatch(stack, found) if len(found.x) else 1.0
     complete = len(found.x) == size and mismatch <= _SAFETY * stack.rounding
@@ -429,14 +397,18 @@ def _result(stack: _Stack, found: _Samples, size: int, dtype: torch.dtype) -> Pe
         reason = f"{len(found.x)} of {size} samples certified; no neuron shows another one alone"
     elif not complete:
         reason = f"the samples leave {mismatch:.1e} of the gradients unexplained"
-    return PeeledBatch(
-        inputs=found.x.to(dtype),
+    m, rank = len(found.x), size if stack.span is None else len(stack.span.s)
+    return HeadSeparation(
+        inputs=found.x,
         labels=found.labels,
-        grad_preactivation=grads[0].to(dtype),
-        grad_logits=grads[-1].to(dtype),
-        residuals=found.residuals.to(dtype),
+        grad_logits=grads[-1],
+        residuals=found.residuals,
         batch_size=size,
+        multiplicities=torch.ones(m, dtype=torch.int64, device=found.x.device),
         complete=complete,
         head_residual=mismatch,
+        rank=rank,
         reason=reason,
-    )
+        spare=rank * (grads[0].shape[1] - rank),
+        grad_preactivation=grads[0],
+    ).to(dtype)

@@ -16,13 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Levenberg-Marquardt: damping is divided by 5 after a success and multiplied by 4 after a failure.
-_DAMPING_START = 1e-2
-_DAMPING_SUCCESS = 0.2
-_DAMPING_FAILURE = 4.0
-_DAMPING_RANGE = (1e-15, 1e8)
-# Finished problems leave the batch every so many iterations (each check reads one mask back to the host).
-_COMPACT_EVERY = 5
+from rconv_fast.budget import Budget
+from rconv_fast.heads.levenberg_marquardt import State, damped_step, minimise
+
 # A Jacobian batch stays below this many bytes; larger batches of problems are run in chunks.
 _CHUNK_BYTES = 1 << 28
 
@@ -164,39 +160,44 @@ def targets_of(labels: Tensor, n_classes: int, label_smoothing: float, dtype: to
 
 
 @dataclass
-class _State:
-    """Everything Levenberg-Marquardt keeps of each problem; all tensors share the leading dimension."""
-
-    z: Tensor
+class _State(State):
     softmax: Tensor
     d: Tensor
     q: Tensor
     p: Tensor
     residual: Tensor
-    cost: Tensor
-
-    def where(self, accept: Tensor, other: _State) -> _State:
-        """Take `other` where `accept` is set."""
-        fields = {}
-        for name, mine in vars(self).items():
-            mask = accept.reshape(-1, *([1] * (mine.ndim - 1)))
-            fields[name] = torch.where(mask, getattr(other, name), mine)
-        return _State(**fields)
-
-    def take(self, index: Tensor) -> _State:
-        """Keep the problems at `index`."""
-        return _State(**{name: value[index] for name, value in vars(self).items()})
 
 
-def _evaluate(system: RootSystem, target: Tensor, weight: Tensor, scale: Tensor, z: Tensor) -> _State:
-    logits = system.base + z @ system.g.mT
-    softmax = torch.softmax(logits, 1)
-    d = softmax - target
-    q = d @ system.u
-    p = system.p0 + z @ system.t.mT
-    pairing = scale * (weight * (p * q).sum(1) - 1)
-    residual = torch.cat([d - q @ system.u.mT, pairing[:, None]], 1)
-    return _State(z, softmax, d, q, p, residual, (residual * residual).sum(1))
+@dataclass(frozen=True)
+class _RootProblems:
+    """One sample's equations for each (label, weight): ``[(I - U U^T) d, scale (w p^T q - 1)]``."""
+
+    system: RootSystem
+    target: Tensor
+    weight: Tensor
+    scale: Tensor
+
+    def evaluate(self, z: Tensor) -> _State:
+        """Residuals at z."""
+        system = self.system
+        softmax = torch.softmax(system.base + z @ system.g.mT, 1)
+        d = softmax - self.target
+        q = d @ system.u
+        p = system.p0 + z @ system.t.mT
+        pairing = self.scale * (self.weight * (p * q).sum(1) - 1)
+        residual = torch.cat([d - q @ system.u.mT, pairing[:, None]], 1)
+        return _State(z, residual.square().sum(1), softmax, d, q, p, residual)
+
+    def step(self, state: _State, damping: Tensor) -> Tensor:
+        """Solve ``(J^T J + lambda I) dz = -J^T r``."""
+        n = self.system.u.shape[0]
+        normal, jacobian, row = _normal_matrix(self.system, state.softmax, state.p, state.q, self.weight, self.scale)
+        slope = (state.residual[:, None, :n] @ jacobian)[:, 0] + row * state.residual[:, n:]
+        return damped_step(normal, slope, damping)
+
+    def take(self, index: Tensor) -> _RootProblems:
+        """The problems at `index`."""
+        return _RootProblems(self.system, self.target[index], self.weight[index], self.scale[index])
 
 
 def _normal_matrix(
@@ -211,18 +212,6 @@ def _normal_matrix(
     row = (scale * weight)[:, None] * (q @ system.t + (p[:, None, :] @ inside)[:, 0])
     normal = jacobian.mT @ jacobian - inside.mT @ inside + row[:, :, None] * row[:, None, :]
     return normal, jacobian, row
-
-
-def _step(system: RootSystem, state: _State, weight: Tensor, scale: Tensor, damping: Tensor) -> Tensor:
-    """Solve ``(J^T J + lambda I) dz = -J^T r`` for each problem."""
-    n = system.u.shape[0]
-    normal, jacobian, row = _normal_matrix(system, state.softmax, state.p, state.q, weight, scale)
-    slope = (state.residual[:, None, :n] @ jacobian)[:, 0] + row * state.residual[:, n:]
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal += (damping * diagonal.mean(1) + torch.finfo(normal.dtype).tiny)[:, None]
-    factor, info = torch.linalg.cholesky_ex(normal)
-    step = torch.cholesky_solve(slope[:, :, None], factor)[:, :, 0]
-    return torch.where((info == 0)[:, None], -step, torch.zeros_like(step))
 
 
 def root_spread(
@@ -264,9 +253,10 @@ def solve_roots(
     start: Tensor,
     *,
     scale: Tensor,
+    budget: Budget,
     iterations: int = 60,
     tolerance: float = 1e-15,
-    damping: float = _DAMPING_START,
+    damping: float = 1e-2,
 ) -> Roots:
     """Run Levenberg-Marquardt on every (target, start) pair at once.
 
@@ -282,12 +272,8 @@ def solve_roots(
         First guess of z.
     scale : Tensor, shape (m,)
         Factor of the equation ``w p^T q = 1`` beside the others: 0 leaves it out (the weight is unknown).
-    iterations : int
-        Upper bound; problems stop earlier when they are solved or stuck.
-    tolerance : float
-        A problem is solved when the norm of its residual is below.
-    damping : float
-        First damping, relative to the mean diagonal of ``J^T J``; small for starts close to a root.
+    budget, iterations, tolerance, damping
+        As in :func:`~rconv_fast.heads.levenberg_marquardt.minimise`.
 
     Returns
     -------
@@ -300,55 +286,23 @@ def solve_roots(
     """
     m, n, k = start.shape[0], system.u.shape[0], system.g.shape[1]
     chunk = max(1, _CHUNK_BYTES // (8 * n * max(k, 1) * 2))
+    problems = _RootProblems(system, target, weight, scale)
+    pieces = torch.arange(m, device=start.device).split(chunk)
     z = torch.cat(
         [
-            _solve_chunk(system, target[i : i + chunk], weight[i : i + chunk], start[i : i + chunk],
-                         scale[i : i + chunk], iterations, tolerance, damping)
-            for i in range(0, m, chunk)
+            minimise(
+                problems.take(i), start[i], iterations=iterations, tolerance=tolerance, budget=budget, damping=damping
+            )
+            for i in pieces
         ]
-    )  # fmt: skip
-    final = _evaluate(system, target, weight, torch.zeros_like(scale), z)
-    logits = system.base + z @ system.g.mT
+    )
+    final = problems.evaluate(z)
+    off_span = final.d - final.q @ system.u.mT
     return Roots(
         p=final.p,
         q=weight[:, None] * final.q,
-        off_span=final.residual.norm(dim=1) / final.d.norm(dim=1),
+        off_span=off_span.norm(dim=1) / final.d.norm(dim=1),
         pairing=weight * (final.p * final.q).sum(1),
         d=final.d,
-        logit_range=logits.abs().amax(1),
+        logit_range=(system.base + z @ system.g.mT).abs().amax(1),
     )
-
-
-def _solve_chunk(
-    system: RootSystem,
-    target: Tensor,
-    weight: Tensor,
-    start: Tensor,
-    scale: Tensor,
-    iterations: int,
-    tolerance: float,
-    first_damping: float,
-) -> Tensor:
-    result = start.clone()
-    active = torch.arange(start.shape[0], device=start.device)
-    state = _evaluate(system, target, weight, scale, start)
-    damping = torch.full_like(weight, first_damping)
-    for iteration in range(iterations):
-        step = _step(system, state, weight, scale, damping)
-        trial = _evaluate(system, target, weight, scale, state.z + step)
-        better = trial.cost < state.cost
-        state = state.where(better, trial)
-        factor = torch.where(better, _DAMPING_SUCCESS, _DAMPING_FAILURE)
-        damping = (damping * factor).clamp(*_DAMPING_RANGE)
-        if iteration % _COMPACT_EVERY == _COMPACT_EVERY - 1:
-            # synchronises: solved, or so damped that it no longer moves
-            running = (state.cost > tolerance**2) & (damping < _DAMPING_RANGE[1])
-            result[active] = state.z
-            keep = running.nonzero()[:, 0]
-            if keep.shape[0] == 0:
-                return result
-            if keep.shape[0] < running.shape[0]:
-                active, state, damping = active[keep], state.take(keep), damping[keep]
-                target, weight, scale = target[keep], weight[keep], scale[keep]
-    result[active] = state.z
-    return result

@@ -1,6 +1,6 @@
 """The search for the samples of a batch in a softmax head's gradient: single roots first, then all together.
 
-Notation of :mod:`rconv_fast.head_roots`; :mod:`rconv_fast.head` checks the arguments and reads the result.
+Notation of :mod:`rconv_fast.heads.roots`; :mod:`rconv_fast.heads.softmax` checks the arguments and reads the result.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rconv_fast.head_joint import (
+from rconv_fast.budget import Budget
+from rconv_fast.heads.joint import (
     MAX_UNKNOWNS,
     JointSolution,
     count_hypotheses,
     estimate_counts,
     solve_joint,
 )
-from rconv_fast.head_roots import HeadFactors, Roots, RootSystem, root_spread, solve_roots, targets_of
+from rconv_fast.heads.roots import HeadFactors, Roots, RootSystem, root_spread, solve_roots, targets_of
 
 # A residual is accepted up to this factor above what the gradients' noise explains.
 SAFETY = 30.0
@@ -59,6 +60,7 @@ class HeadProblem:
     reduction: str
     rounding: float
     generator: torch.Generator
+    budget: Budget
     factors: HeadFactors = field(init=False)
     system: RootSystem = field(init=False)
     noise: float = field(init=False)
@@ -216,7 +218,7 @@ def _search_roots(head: HeadProblem, given: Tensor | None) -> Found:
     found = Found.none(head.factors)
     rank, n = head.factors.rank, head.factors.n_classes
     idle, first = 0, True
-    while len(found) < rank and idle <= _IDLE_ROUNDS:
+    while len(found) < rank and idle <= _IDLE_ROUNDS and not head.budget.spent:
         factors = _deflated(head, found)
         left = factors.rank
         if given is not None:
@@ -249,7 +251,8 @@ def _round(head: HeadProblem, factors: HeadFactors, classes: Tensor, starts: int
     start = head.normal(m, k) * spreads[index % len(spreads)][:, None]
     target = targets_of(tried, factors.n_classes, head.label_smoothing, torch.float64)
     weight = torch.full((m,), head.sample_weight, dtype=torch.float64, device=classes.device)
-    roots = solve_roots(system, target, weight, start, scale=torch.full_like(weight, float(paired)))
+    scale = torch.full_like(weight, float(paired))
+    roots = solve_roots(system, target, weight, start, scale=scale, budget=head.budget)
     near = roots.off_span <= _CANDIDATE
     if paired:
         near &= (roots.pairing - 1).abs() <= _CANDIDATE
@@ -275,7 +278,10 @@ def _refined(head: HeadProblem, x: Tensor, labels: Tensor, paired: bool) -> Foun
     start = (_centred_logits(factors, p) - system.base) @ system.g
     scale = torch.full_like(weight, float(paired))
     for _ in range(2):  # the second time, the pairing equation counts as much as its noise allows
-        roots = solve_roots(system, target, weight, start, scale=scale, iterations=40, tolerance=1e-16, damping=1e-6)
+        roots = solve_roots(
+            system, target, weight, start,
+            scale=scale, budget=head.budget, iterations=40, tolerance=1e-16, damping=1e-6,
+        )  # fmt: skip
         off_span, pairing = _limits(head, factors, roots)
         scale = float(paired) * (off_span * roots.size / pairing).clamp(max=1.0)
         start = (_centred_logits(factors, roots.p) - system.base) @ system.g
@@ -330,11 +336,15 @@ def _search_joint(head: HeadProblem, given: Tensor | None, found: Found) -> Foun
         tried = labels.repeat_interleave(starts, 0)
         spread = spreads[torch.arange(h, device=spreads.device) % len(spreads)]
         start = head.normal(h, r, k) * spread[:, None, None]
-        solution = solve_joint(system, tried, head.sample_weight, start, label_smoothing=head.label_smoothing)
+        solution = solve_joint(
+            system, tried, head.sample_weight, start, budget=head.budget, label_smoothing=head.label_smoothing
+        )
         best = int(solution.cost.argmin())
         rest = _joint_samples(head, factors, solution.p[best], solution.labels[best])
         if rest is not None and (head.weight_known or not _fits_smaller_weight(head, system, solution, best)):
             return rest
+        if head.budget.spent:
+            break
     return None
 
 
@@ -342,7 +352,10 @@ def _fits_smaller_weight(head: HeadProblem, system: RootSystem, solution: JointS
     """Whether ``w = 1/(B+1)`` explains the gradient just as well: then neither B nor the samples are proved."""
     weight = 1.0 / (head.batch_size + 1)
     start = torch.linalg.lstsq(system.t, (solution.p[best] - system.p0).mT).solution.mT
-    other = solve_joint(system, solution.labels[best][None], weight, start[None], label_smoothing=head.label_smoothing)
+    other = solve_joint(
+        system, solution.labels[best][None], weight, start[None],
+        budget=head.budget, label_smoothing=head.label_smoothing,
+    )  # fmt: skip
     return bool(other.cost[0] <= max(1e-6, 10 * float(solution.cost[best])))
 
 
