@@ -1,0 +1,117 @@
+"""Gauss-Newton on all gradients at once: each step by conjugate gradients, preconditioned by an inverse information."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rconv_fast.budget import Budget
+from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, dot
+
+Apply = Callable[[Tensor], Tensor]
+
+# Fractions of a step tried until the mismatch falls.
+DAMPING = (1.0, 0.5, 0.2, 0.05)
+# Inner iterations a step, and the fall of the residual at which they end.
+ITERATIONS, TOLERANCE = 60, 1e-3
+# A step that would lower chi^2 by this share of the unknowns moves the answer by far less than its error bars.
+CONVERGED = 1e-3
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Where Gauss-Newton ended: x, log of the scale, chi^2, the decrement of the last step, steps, inner iterations."""
+
+    x: Tensor
+    scale: float
+    chi2: float
+    decrement: float
+    steps: int
+    iterations: int
+
+
+def conjugate_gradients(
+    at: Linearisation, rhs: Tensor, precondition: Apply, tolerance: float = TOLERANCE, most: int = ITERATIONS
+) -> tuple[Tensor, int]:
+    """``J^T J d = rhs``; the answer and the iterations."""
+    d = torch.zeros_like(rhs)
+    r = rhs.clone()
+    z = precondition(r)
+    p = z.clone()
+    gamma = start = float((r * z).sum())
+    count = 0
+    while count < most and gamma > tolerance**2 * start:
+        count += 1
+        q = at.normal(p)
+        alpha = gamma / float((p * q).sum())
+        d += alpha * p
+        r -= alpha * q
+        z = precondition(r)
+        gamma, before = float((r * z).sum()), gamma
+        p = z + gamma / before * p
+    return d, count
+
+
+def gauss_newton(
+    problem: GradientMap,
+    x: Tensor,
+    precondition: Apply,
+    *,
+    budget: Budget,
+    most: int = 8,
+    free_scale: bool = False,
+) -> Fit:
+    """``min_x ||r(x)||^2`` from a start near the answer.
+
+    With the scale free its logarithm is one more unknown, eliminated: with ``b = J^T t``, ``t = dr/dlog c``,
+    ``dlog c = -(t - J F^-1 b) . r / ((t - J F^-1 b) . t)``.
+
+    Parameters
+    ----------
+    problem : GradientMap
+        Smooth near x: pieces held.
+    x : Tensor
+        Start.
+    precondition : callable
+        About ``F^-1 v``.
+    budget : Budget
+        Ends the steps.
+    most : int
+        Steps.
+    free_scale : bool
+        Estimate the common factor too.
+    """
+    n, iterations, steps, decrement = x.numel(), 0, 0, float("inf")
+    at = problem.at(x)
+    chi2 = dot(at.residual, at.residual)
+    while steps < most and not budget.spent:
+        gradient = -at.adjoint(at.residual)
+        d, count = conjugate_gradients(at, gradient, precondition)
+        log_scale = 0.0
+        if free_scale:
+            b, further = conjugate_gradients(at, at.adjoint(at.scaled), precondition)
+            count += further
+            clear = [t - part for t, part in zip(at.scaled, at.forward(b), strict=True)]
+            log_scale = -dot(clear, at.residual) / dot(clear, at.scaled)
+            d = d - log_scale * b
+        iterations += count
+        decrement = float((gradient * d).sum())
+        if free_scale:
+            decrement -= log_scale * dot(at.scaled, at.residual)
+        for share in DAMPING:
+            moved = problem.with_scale(problem.scale * math.exp(share * log_scale))
+            new = moved.at(x + share * d)
+            size = dot(new.residual, new.residual)
+            if size < chi2:
+                break
+        else:
+            break
+        steps += 1
+        x, at, problem, chi2 = x + share * d, new, moved, size
+        if decrement < CONVERGED * n:
+            break
+    return Fit(x, problem.scale, chi2, decrement, steps, iterations)

@@ -1,0 +1,99 @@
+"""How noisy an observation is, entry by entry: as given, as recorded, or as the numbers themselves show.
+
+A value that was rounded to a grid of spacing q has an error of standard deviation ``q / sqrt(12)``: half a unit in the
+last place over sqrt(3). Values that lie on the coarser grid of a narrower type were rounded to it, whatever their dtype
+says. Back-propagation in that arithmetic adds its own rounding, relative to the size of the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rconv_fast.errors import require
+from rconv_fast.observation import Noise, SharedGradients
+
+# Widest first: the first type that holds all values is not the one they were rounded to, the last is.
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Rounding of back-propagation, in units of the type's own for a value of the tensor's root mean square.
+BACKPROPAGATION = 4.0
+
+
+def noise_of(
+    gradients: Mapping[str, Tensor], noise: float | Noise | None = None, *, arithmetic: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], str]:
+    """Standard deviation of every entry, and in words where it comes from.
+
+    Parameters
+    ----------
+    gradients : mapping of str to Tensor
+        As shared, in the dtype they were shared in; a `SharedGradients` brings its own noise.
+    noise : float, mapping or None
+        A number is relative to each tensor's root mean square; a mapping gives standard deviations by name; None:
+        what the gradients record of themselves, else their rounding.
+    arithmetic : torch.dtype, optional
+        In which they were computed; found from the values if not given.
+
+    Returns
+    -------
+    dict of str to Tensor, str
+        Standard deviations in float64, of each gradient's shape or a number; a phrase for the report.
+
+    Raises
+    ------
+    ArgumentError
+        If a standard deviation is negative or not finite, or has another shape.
+    """
+    arithmetic = rounded_to(gradients) if arithmetic is None else arithmetic
+    floor = {name: _rounding(g, arithmetic) for name, g in gradients.items()}
+    own = gradients.noise if isinstance(gradients, SharedGradients) else None
+    given, source = (noise, "given") if noise is not None else (own, "recorded with the gradients")
+    if given is None:
+        return floor, f"rounding of {str(arithmetic).removeprefix('torch.')}"
+    if not isinstance(given, Mapping):
+        require(0 <= given < math.inf, "invert", "noise", "be finite and >= 0", given)
+        given = {name: given * _rms(g) for name, g in gradients.items()}
+    found = {}
+    for name, g in gradients.items():
+        sigma = torch.as_tensor(given.get(name, 0.0), dtype=torch.float64, device=g.device)
+        valid = bool((sigma >= 0).all()) and not bool(sigma.isnan().any())
+        require(valid, "invert", f"noise[{name!r}]", "be >= 0", "NaN or a negative number")
+        fits = sigma.ndim == 0 or sigma.shape == g.shape
+        require(fits, "invert", f"noise[{name!r}]", f"be a number or have shape {tuple(g.shape)}", tuple(sigma.shape))
+        found[name] = torch.hypot(sigma, floor[name])
+    return found, source
+
+
+def rounded_to(gradients: Mapping[str, Tensor]) -> torch.dtype:
+    """The narrowest floating type that holds all values: the one they were rounded to, whatever they are stored in."""
+    found = torch.float64
+    for dtype in _TYPES:
+        if all(_holds(dtype, g) for g in gradients.values()):
+            found = dtype
+    return found
+
+
+def _holds(dtype: torch.dtype, values: Tensor) -> bool:
+    return bool((values.double() == values.to(dtype).double()).all())
+
+
+def _rounding(g: Tensor, arithmetic: torch.dtype) -> Tensor:
+    """Of the values themselves and of the arithmetic that made them."""
+    # float16 and bfloat16 are what gradients are stored in; they are computed in float32.
+    computed = torch.float64 if arithmetic == torch.float64 else torch.float32
+    shared = BACKPROPAGATION * torch.finfo(computed).eps / 2 * _rms(g)
+    return torch.hypot(spacing(g, arithmetic) / math.sqrt(12), torch.as_tensor(shared, dtype=torch.float64))
+
+
+def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance of each value to the next of `dtype`, in float64."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values.double().abs().clamp_min(info.smallest_normal))
+    return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float64), exponent - 1)
+
+
+def _rms(g: Tensor) -> float:
+    return float(g.double().square().mean().sqrt())
