@@ -21,15 +21,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.operators import apply_gradient, apply_weight_adjoint
+from rconv_fast.constraints.ops import weight_constraints
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
 from rconv_fast.estimate.pieces import is_piecewise_linear
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.graph import Graph, Step
 from rconv_fast.layers.rules import ActivationRule, ConvRule, UnsupportedRule
 from rconv_fast.memory import available_bytes
-from rconv_fast.operators import apply_gradient, apply_weight_adjoint
-from rconv_fast.ops import weight_constraints
-from rconv_fast.solve.gram import input_gram, phase_places, phase_rows, tap_windows
+from rconv_fast.solve.phases.gram import input_gram, phase_places, phase_rows, tap_windows
 
 # Products with J done at once where J itself is formed, and the size of the parts in which Y^T Y is summed.
 TOGETHER, PANEL = 64, 2048

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rconv_fast.errors import require
 from rconv_fast.observation import Noise, SharedGradients
+from rconv_fast.updates import spacing
 
 # Widest first: the first type that holds all values is not the one they were rounded to, the last is.
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -85,14 +86,7 @@ def _rounding(g: Tensor, arithmetic: torch.dtype) -> Tensor:
     # float16 and bfloat16 are what gradients are stored in; they are computed in float32.
     computed = torch.float64 if arithmetic == torch.float64 else torch.float32
     shared = BACKPROPAGATION * torch.finfo(computed).eps / 2 * _rms(g)
-    return torch.hypot(spacing(g, arithmetic) / math.sqrt(12), torch.as_tensor(shared, dtype=torch.float64))
-
-
-def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The distance of each value to the next of `dtype`, in float64."""
-    info = torch.finfo(dtype)
-    _, exponent = torch.frexp(values.double().abs().clamp_min(info.smallest_normal))
-    return torch.ldexp(torch.full_like(values, info.eps, dtype=torch.float64), exponent - 1)
+    return torch.hypot(spacing(g.double(), arithmetic) / math.sqrt(12), torch.as_tensor(shared, dtype=torch.float64))
 
 
 def _rms(g: Tensor) -> float:
