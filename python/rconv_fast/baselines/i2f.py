@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.baselines.problem import standard_deviations
 from rconv_fast.errors import require
+from rconv_fast.estimate.gradient_map import GradientMap
+from rconv_fast.estimate.noise_model import noise_of
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Noise
+from rconv_fast.wrappers import working_copy
 
 # Power iterations end when the eigenvalue moves by less than this share, or after so many products.
 RTOL, MOST = 1e-4, 300
@@ -61,42 +63,27 @@ def i2f_bound(
        NeurIPS 2023, section 3.
     """
     require(len(inputs) == len(labels) > 0, "i2f_bound", "labels", f"hold {len(inputs)} entries", len(labels))
-    value = Loss(loss, reduction)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.enable_grad():
-        x = inputs.detach().clone().requires_grad_()
-        found = torch.autograd.grad(
-            value(model(x), labels), list(parameters.values()), create_graph=True, materialize_grads=True
-        )
-        gradients = {n: g for n, g in zip(parameters, found, strict=True) if g.requires_grad}
-        # <u, g(x)> is linear in u: its gradient in x is J u, and the gradient of <v, J u> in u is J^T v
-        u = {name: torch.zeros_like(g, requires_grad=True) for name, g in gradients.items()}
-        inner = torch.stack([(u[name] * g).sum() for name, g in gradients.items()]).sum()
-        (jacobian_u,) = torch.autograd.grad(inner, x, create_graph=True)
-
-    def forward(d: Mapping[str, Tensor]) -> Tensor:
-        return torch.autograd.grad(list(gradients.values()), x, [d[n] for n in gradients], retain_graph=True)[0]
-
-    def transposed(v: Tensor) -> dict[str, Tensor]:
-        parts = torch.autograd.grad(jacobian_u, list(u.values()), v, retain_graph=True, materialize_grads=True)
-        return dict(zip(u, parts, strict=True))
-
-    generator = torch.Generator().manual_seed(seed)
-    begin = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-    largest = _largest_eigenvalue(lambda v: forward(transposed(v)), begin)
+    work = working_copy(model, inputs.dtype)
+    one = {name: torch.ones((), dtype=inputs.dtype, device=inputs.device) for name, _ in work.named_parameters()}
+    nothing = {name: torch.zeros_like(p) for name, p in work.named_parameters()}
+    # with nothing seen in units of 1 the residual is the gradient itself, by name as the parameters are
+    gradients = GradientMap(work, Loss(loss, reduction), labels, nothing, one).at(inputs)
+    largest = _largest_eigenvalue(gradients.normal, inputs, seed)
     if largest == 0:
         return math.inf
-    sigma = standard_deviations({n: g.detach() for n, g in gradients.items()}, noise)
+    sigma, _ = noise_of(dict(zip(one, gradients.residual, strict=True)), noise)
+    generator = torch.Generator().manual_seed(seed)
     norms = []
     for _ in range(DRAWS):
-        draws = {n: torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g) for n, g in gradients.items()}
-        moved = forward({n: d * torch.as_tensor(sigma.get(n, 0.0)).to(d) for n, d in draws.items()})
+        drawn = [torch.randn(g.shape, generator=generator, dtype=torch.float64).to(g) for g in gradients.residual]
+        moved = gradients.adjoint([d * sigma[name].to(d) for name, d in zip(one, drawn, strict=True)])
         norms.append(float(moved.double().norm()))
-    return sum(norms) / DRAWS / (largest * math.sqrt(x.numel()))
+    return sum(norms) / DRAWS / (largest * math.sqrt(inputs.numel()))
 
 
-def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], v: Tensor) -> float:
-    """Of a symmetric positive semidefinite map, by power iteration."""
+def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, seed: int) -> float:
+    """Of a symmetric positive semidefinite map, by power iteration from a random vector."""
+    v = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(like)
     value = 0.0
     for _ in range(MOST):
         v = apply(v / v.norm())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,13 @@ from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import require, require_type
+from rconv_fast.estimate.noise_model import noise_of
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Noise, Observation
 from rconv_fast.progress import Event, progress_callback
+from rconv_fast.received import read_gradients
 from rconv_fast.verdict import Inversion, LayerReport, Sample
+from rconv_fast.wrappers import working_copy
 
 
 class Options(TypedDict, total=False):
@@ -172,7 +174,7 @@ def posed(
     require(sized and bool(shape), function, "input_shape", "be one sample's shape", shape)
     dtype = options.get("dtype", torch.float64)
     require_type(dtype.is_floating_point, function, "dtype", "be a real floating type", dtype)
-    work = copy.deepcopy(model).to(dtype)
+    work = working_copy(model, dtype)
     device = next(work.parameters()).device
     loss = Loss(
         options.get("loss", "cross_entropy"),
@@ -180,10 +182,10 @@ def posed(
         options.get("label_smoothing", 0.0),
         options.get("class_weights"),
     )
-    named = named_gradients(function, work, gradients)
-    seen = {name: g.detach().to(device, dtype) for name, g in named.items()}
-    noise = options.get("noise", getattr(gradients, "noise", None))
-    observation = Observation(seen, loss, standard_deviations(seen, noise), scale=options.get("scale", 1.0))
+    shared = read_gradients(function, model, gradients)
+    noise, source = noise_of(shared, options.get("noise"))
+    seen = {name: g.detach().to(device, dtype) for name, g in shared.items()}
+    observation = Observation(seen, loss, noise, scale=options.get("scale", 1.0), source=source)
     labels = options.get("labels")
     if labels is not None:
         labels = torch.as_tensor(labels, device=device)
@@ -194,33 +196,3 @@ def posed(
     budget = Budget.seconds(options.get("time_limit"))
     with progress_callback(options.get("progress", False)) as report:
         yield Problem(function, work, observation, shape, size, labels, budget, options.get("seed", 0), report)
-
-
-def named_gradients(
-    function: str, model: nn.Module, gradients: Mapping[str, Tensor] | Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Gradients by parameter name; what is None was not seen."""
-    parameters = dict(model.named_parameters())
-    if not isinstance(gradients, Mapping):
-        listed = list(gradients)
-        count = len(parameters)
-        require(len(listed) == count, function, "gradients", f"have {count} entries in parameter order", len(listed))
-        gradients = dict(zip(parameters, listed, strict=True))
-    seen = {name: g for name, g in gradients.items() if g is not None}
-    for name, g in seen.items():
-        argument = f"gradients[{name!r}]"
-        require(name in parameters, function, argument, "be named as a parameter of the model", repr(name))
-        require_type(isinstance(g, Tensor), function, argument, "be a torch.Tensor", type(g).__name__)
-        wanted = tuple(parameters[name].shape)
-        require(tuple(g.shape) == wanted, function, argument, f"have shape {wanted}", tuple(g.shape))
-        require(bool(torch.isfinite(g).all()), function, argument, "be finite", "NaN or Inf")
-    require(any(bool(g.any()) for g in seen.values()), function, "gradients", "not be all zero", "a zero gradient")
-    return seen
-
-
-def standard_deviations(gradients: Mapping[str, Tensor], noise: float | Noise | None) -> Noise:
-    """The noise of each tensor: as given by name, or a share of its root mean square (rounding if not given)."""
-    if isinstance(noise, Mapping):
-        return noise
-    share = torch.finfo(next(iter(gradients.values())).dtype).eps if noise is None else noise
-    return {name: share * float(g.double().square().mean().sqrt()) for name, g in gradients.items()}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from rconv_fast.baselines.chain import Chain, Link, Reached, chain_of, recurse
 from rconv_fast.baselines.problem import Options, Problem, posed
+from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
+from rconv_fast.constraints.sparse import to_scipy
 from rconv_fast.errors import require
-from rconv_fast.ops import gradient_constraints, weight_constraints
-from rconv_fast.sparse import to_scipy
 from rconv_fast.verdict import Inversion
 
 if TYPE_CHECKING:
