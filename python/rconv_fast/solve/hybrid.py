@@ -84,7 +84,7 @@ def plans(system: System, rtol: float, max_iterations: int | None = None) -> Ite
     budget = budget if max_iterations is None else min(budget, max_iterations)
     if _worth_inverting(system):
         yield Plan("inverse", 1.0, False, budget)
-    if system.support is None and _coverage(system) >= GRADIENT_COVERAGE:
+    if system.support is None and coverage(system) >= GRADIENT_COVERAGE:
         # A large weight of the gradient rows costs no iterations: the preconditioner inverts them exactly.
         yield Plan("phase-cholesky", 1e3, mixed, budget)
         return
@@ -109,7 +109,7 @@ def _worth_inverting(system: System) -> bool:
     return system.unknowns <= MAX_INVERTED_UNKNOWNS.get(like.device.type, 0) and system.count >= system.unknowns
 
 
-def _coverage(system: System) -> float:
+def coverage(system: System) -> float:
     """Share of one channel's unknowns that the gradient rows could fix, phase by phase; 0 where too large."""
     gradient = gradient_blocks(system)
     if not gradient:

@@ -137,7 +137,8 @@ def _solve_rt(factors: list[DissectionFactor], v: Tensor) -> Tensor:
 
 def gradient_blocks(system: System) -> list[GradientRows]:
     """The gradient rows whose stride phases agree with those of the block with the most equations."""
-    blocks = [block for block in system.blocks if isinstance(block, GradientRows) and block.count]
+    blocks = [getattr(block, 'main', block) for block in system.blocks]
+    blocks = [block for block in blocks if isinstance(block, GradientRows) and block.count]
     if not blocks:
         return []
     main = max(blocks, key=lambda block: block.count).geometry

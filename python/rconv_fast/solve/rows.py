@@ -72,14 +72,19 @@ class GradientRows:
 
         The noise of `grad_output`, in roundings and element by element, is at least its size (and that if not given).
         """
-        norm = (grad_output if noise is None else noise).transpose(0, 1).flatten(1).norm(dim=1)
-        scale = torch.where(norm > 0, 1 / norm, 0.0).nan_to_num(0.0, 0.0, 0.0)
+        scale = cls.scales(grad_output if noise is None else noise)
         spatial = (1,) * geometry.ndim
         return cls(
             geometry,
             grad_output * scale.reshape(1, -1, *spatial),
             grad_weight * scale.reshape(-1, 1, *spatial),
         )
+
+    @staticmethod
+    def scales(noise: Tensor) -> Tensor:
+        """One over the norm of each filter's part of (B, F, ...), 0 where that is 0: (F,)."""
+        norm = noise.transpose(0, 1).flatten(1).norm(dim=1)
+        return torch.where(norm > 0, 1 / norm, 0.0).nan_to_num(0.0, 0.0, 0.0)
 
     @cached_property
     def live_filters(self) -> Tensor:
@@ -288,8 +293,7 @@ class MapRows:
 
     def normal(self) -> Tensor:
         """``M^T w^2 M``, column by column."""
-        units = torch.eye(math.prod(self.shape), dtype=self.rhs.dtype, device=self.rhs.device)
-        return torch.stack([self.adjoint(self.apply(unit.view(self.shape))).flatten() for unit in units])
+        return normal_by_columns(self, self.shape, self.rhs)
 
     def scaled(self, factor: float) -> MapRows:
         """The block times `factor`."""
@@ -301,6 +305,12 @@ class MapRows:
         return MapRows(
             lambda x: self.forward(x.to(own)).to(dtype), self.shape, self.row_weight.to(dtype), self.rhs.to(dtype)
         )
+
+
+def normal_by_columns(block: Rows, shape: torch.Size, like: Tensor) -> Tensor:
+    """``M^T M`` (n, n) of a block for unknowns of this shape, from one product with each unit vector."""
+    units = torch.eye(math.prod(shape), dtype=like.dtype, device=like.device)
+    return torch.stack([block.adjoint(block.apply(unit.view(shape))).flatten() for unit in units])
 
 
 @dataclass(frozen=True)
