@@ -1,4 +1,4 @@
-"""A convolution behind which a norm takes its statistics from the batch: its equations around an estimate, and their solution.
+"""A convolution behind which a norm takes its statistics from the batch: its equations around an estimate.
 
 The notation is that of `rconv_fast.solve.normalised`.
 """
@@ -6,16 +6,15 @@ The notation is that of `rconv_fast.solve.normalised`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.operators import apply_weight
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.operators import apply_weight
-from rconv_fast.solve.normalised import CentredRows, MeanRows, NormSets, OffsetRows, TangentRows
-from rconv_fast.solve.rows import GradientRows, Rows, System, WeightRows
+from rconv_fast.solve.normalised import CentredRows, MeanRows, NormSets, TangentRows
+from rconv_fast.solve.rows import GradientRows, Rows, WeightRows
 
 
 @dataclass(frozen=True)
@@ -105,14 +104,15 @@ class NormalisedConv:
 
 
 def hidden_classes(geometry: ConvGeometry) -> Tensor:
-    r"""The stride classes of input positions on which a constant changes each filter's outputs by a constant.
+    r"""The classes of input positions on which a constant changes each filter's outputs by a constant.
 
-    A norm takes such a change off. Those are the classes of which no offset ever meets the padding.
+    A norm takes such a change off. Kernel offsets that ever meet at one position belong together; a class is what the
+    offsets of such a group read, if none of them ever meets the padding.
 
     Returns
     -------
     Tensor
-        (R, \*in) bool: the positions of each class that any output reads.
+        (R, \*in) bool: the positions of each class.
     """
     axes = [_axis_classes(geometry, axis) for axis in range(geometry.ndim)]
     masks = [torch.zeros(0, *geometry.input_size, dtype=torch.bool)]
@@ -124,10 +124,12 @@ def hidden_classes(geometry: ConvGeometry) -> Tensor:
 
 
 def _axis_classes(geometry: ConvGeometry, axis: int) -> list[list[int]]:
-    """Along one axis: the positions that each class of offsets reads, where it never reads padding."""
+    """Along one axis: what each group of offsets that meet reads, where it never reads padding."""
     s, p, d = geometry.stride[axis], geometry.padding[axis], geometry.dilation[axis]
     size, outputs = geometry.input_size[axis], range(geometry.out_size[axis])
-    classes: dict[int, set[int]] = {}
+    groups: list[set[int]] = []
     for k in range(geometry.kernel_size[axis]):
-        classes.setdefault((k * d - p) % s, set()).update(u * s + k * d - p for u in outputs)
-    return [sorted(read) for _, read in sorted(classes.items()) if min(read) >= 0 and max(read) < size]
+        read = {u * s + k * d - p for u in outputs}
+        read = read.union(*(group for group in groups if group & read))
+        groups = [group for group in groups if not group & read] + [read]
+    return [sorted(group) for group in groups if min(group) >= 0 and max(group) < size]

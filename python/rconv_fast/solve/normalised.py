@@ -1,8 +1,8 @@
 """Equations of a convolution whose outputs are normalised by their own statistics, as blocks of rows.
 
-With ``o = W * x``, a set S of outputs that share a mean and a deviation (a channel of the whole batch for batch norm, a
-group of channels of one sample for group norm), ``xhat = (o - mean(o)) / sigma``, ``y = gamma xhat + beta``, ``g_y = dL/dy``,
-``h = gamma g_y`` and ``q = mean(h xhat)``:
+With ``o = W * x``, sets of outputs that share a mean and a deviation (a channel of the whole batch for batch norm, a
+group of channels of one sample for group norm), ``xhat = (o - mean(o)) / sigma``, ``y = gamma xhat + beta``,
+``g_y = dL/dy``, ``h = gamma g_y`` and ``q = mean(h xhat)``:
 
     ``g_o = (h - mean(h) - xhat q) / sigma``            (the norm's backward, every mean over the set)
     ``o - mean(o) = sigma xhat``  where y is known      (`CentredRows`; `WeightRows` where the mean is known too)
@@ -13,16 +13,15 @@ Where y is not known, behind the zeros of a ReLU, xhat follows from x: the last 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.operators import apply_gradient, apply_weight, apply_weight_adjoint
-from rconv_fast.solve.rows import GradientRows, Rows, WeightRows, normal_by_columns
+from rconv_fast.solve.rows import GradientRows, normal_by_columns
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,10 @@ class NormSets:
     def centre(self, o: Tensor) -> Tensor:
         """``o - mean(o)``."""
         return o - self.mean(o)
+
+    def by_channel(self, channels: int) -> bool:
+        """Whether no set holds values of two of so many channels."""
+        return self.groups in (None, channels)
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,7 @@ class CentredRows:
 
     def to(self, dtype: torch.dtype) -> CentredRows:
         """The block in another dtype."""
-        return replace(
-            self, weight=self.weight.to(dtype), row_weight=self.row_weight.to(dtype), rhs=self.rhs.to(dtype)
-        )
+        return replace(self, weight=self.weight.to(dtype), row_weight=self.row_weight.to(dtype), rhs=self.rhs.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,16 @@ class OffsetRows:
     def count(self) -> int:
         """One a channel and class."""
         return self.rhs.numel()
+
+    @property
+    def masks(self) -> Tensor:
+        r"""The classes (R, \*in), bool."""
+        return self.classes != 0
+
+    @property
+    def members(self) -> Tensor:
+        r"""Which positions belong to a class, (\*in) bool."""
+        return self.masks.any(dim=0)
 
     def apply(self, x: Tensor) -> Tensor:
         """``w mean(x)``, (1 or B, C, R)."""

@@ -15,7 +15,7 @@ from rconv_fast.solve.dissection.sketch import SketchRows
 from rconv_fast.solve.krylov import Preconditioner
 from rconv_fast.solve.phases.factors import GramFactor
 from rconv_fast.solve.phases.gram import gram_condition, sum_of
-from rconv_fast.solve.rows import GradientRows, System, WeightRows
+from rconv_fast.solve.rows import GradientRows, System, WeightRows, gradient_part
 
 
 def jacobi(system: System, dtype: torch.dtype) -> Preconditioner:
@@ -137,8 +137,8 @@ def _solve_rt(factors: list[DissectionFactor], v: Tensor) -> Tensor:
 
 def gradient_blocks(system: System) -> list[GradientRows]:
     """The gradient rows whose stride phases agree with those of the block with the most equations."""
-    blocks = [getattr(block, 'main', block) for block in system.blocks]
-    blocks = [block for block in blocks if isinstance(block, GradientRows) and block.count]
+    parts = [gradient_part(block) for block in system.blocks]
+    blocks = [part for part in parts if part is not None and part.count]
     if not blocks:
         return []
     main = max(blocks, key=lambda block: block.count).geometry

@@ -140,6 +140,12 @@ class GradientRows:
         return replace(self, grad_output=self.grad_output.to(dtype), rhs=self.rhs.to(dtype))
 
 
+def gradient_part(block: Rows) -> GradientRows | None:
+    """The gradient constraints that a block is, or that it would be if g did not depend on x (its ``main``)."""
+    main = getattr(block, "main", block)
+    return main if isinstance(main, GradientRows) else None
+
+
 # Columns of a normal matrix that are computed by one convolution.
 COLUMNS_TOGETHER = 512
 
