@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from layers import convolve, random_weight
 from torch import Tensor
 from torch.nn import functional as F
 
+from layers import convolve, random_weight
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.solve import Solution, System, solve
 from rconv_fast.solve.curved import CurvedSystem, place_by_zeros, solve_curved
