@@ -26,18 +26,20 @@ class DenseSolution:
 
 
 def solve_rank_revealing(matrix: Tensor, rhs: Tensor, rtol: float) -> DenseSolution:
-    """``min ||matrix x - rhs||`` by SVD, matrix (m, n), rhs (m, c).
+    """``min ||matrix x - rhs||`` by SVD in float64, matrix (m, n), rhs (m, c).
 
-    Singular values below `rtol` of the largest count as 0.
+    Singular values below `rtol` of the largest, or below its rounding, count as 0.
     """
+    matrix, rhs, dtype = matrix.double(), rhs.double(), matrix.dtype
     u, s, vh = _thin_svd(matrix)
-    rank = int((s > rtol * s[0]).sum()) if len(s) and float(s[0]) > 0 else 0
+    smallest = max(rtol, max(matrix.shape) * torch.finfo(s.dtype).eps)
+    rank = int((s > smallest * s[0]).sum()) if len(s) and float(s[0]) > 0 else 0
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     x = vh.mT @ ((u.mT @ rhs) / s[:, None])
     # One step of refinement: the SVD solves to about condition * eps, the given matrix's residual is exact.
     x = x + vh.mT @ ((u.mT @ (rhs - matrix @ x)) / s[:, None])
     determined = (1 - vh.square().sum(dim=0)) < NULL_SPACE_TOLERANCE
-    return DenseSolution(x, rank, determined, float(s[0] / s[-1]) if rank else float("inf"))
+    return DenseSolution(x.to(dtype), rank, determined, float(s[0] / s[-1]) if rank else float("inf"))
 
 
 def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ from rconv_fast.solve.dissection.sketch import sketch_size
 from rconv_fast.solve.krylov import KrylovResult, Preconditioner, Progress, refine
 from rconv_fast.solve.phases.solve import count_phases
 from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, normal_inverse, phase_cholesky
+from rconv_fast.solve.rank import MAX_FACTORED_UNKNOWNS, Accept, Recover, factored_condition, probe, touched
 from rconv_fast.solve.rows import GradientRows, MapRows, System, WeightRows
 from rconv_fast.solve.solution import Evidence, Solution
 
@@ -42,9 +43,8 @@ MAX_DISSECTION_FLOPS, MAX_DISSECTION_BYTES = 1e12, 3e9
 CHEAP_DISSECTION_FLOPS = 5e9
 # Largest system whose normal matrix is inverted; on a CPU the other ways are faster from a few hundred values on.
 MAX_INVERTED_UNKNOWNS = {"cpu": 0, "cuda": 4096}
-# Largest system that is decided by eigenvalues when the iterations leave its rank open: half a minute on two cores
-# for one that may yet have full rank, three seconds for one that cannot.
-MAX_DENSE_UNKNOWNS, MAX_DENSE_OPEN_UNKNOWNS = 6144, 3072
+# Largest system that is decided by eigenvalues when the iterations leave its rank open: a few seconds on two cores.
+MAX_DENSE_UNKNOWNS = 3072
 # Above this many unknowns the inner iterations run in float32 (four times faster convolutions on a CPU).
 MIXED_PRECISION_UNKNOWNS = 20_000
 MAX_ITERATIONS, MAX_MIXED_ITERATIONS = 2000, 5000
@@ -151,10 +151,10 @@ def solve_hybrid(
 ) -> Solution:
     """Solve all blocks together; the rank is computed where it is in doubt and can be.
 
-    With `max_iterations`, nothing is said to be determined where they did not suffice.
+    Nothing is said to be determined where the iterations did not suffice.
     """
     open_anyway = system.count < system.unknowns
-    exact = math.prod(system.shape) <= (MAX_DENSE_OPEN_UNKNOWNS if open_anyway else MAX_DENSE_UNKNOWNS)
+    exact = math.prod(system.shape) <= MAX_DENSE_UNKNOWNS
     if exact and open_anyway:
         return _solve_dense(balance(system, 1.0), rtol)
     best: tuple[KrylovResult, float, Built, System] | None = None
@@ -171,15 +171,19 @@ def solve_hybrid(
             break
     assert best is not None
     result, residual, built, balanced = best
-    enough = not open_anyway and bool(_touched(balanced).all())
+    enough = not open_anyway and bool(touched(balanced).all())
     if exact and not (enough and result.converged):
         return _solve_dense(balance(system, 1.0), rtol)
-    if max_iterations is not None and not result.converged:
+    condition = math.nan
+    if not result.converged:
         determined, proof = torch.zeros(balanced.shape, dtype=torch.bool, device=result.x.device), "none"
     elif built.proven:
-        determined, proof = _touched(balanced), "cholesky"
+        determined, proof = touched(balanced), "cholesky"
+    elif exact and balanced.unknowns <= MAX_FACTORED_UNKNOWNS:
+        condition = factored_condition(balanced)
+        determined, proof = touched(balanced) & math.isfinite(condition), "cholesky"
     else:
-        determined, proof = _probe(built, result.iterations), "probe"
+        determined, proof = probe(built.system, _recover(built, result.iterations)), "probe"
     full = bool(determined.all())
     if exact and not full:  # for the rank itself, and the minimum norm
         return _solve_dense(balance(system, 1.0), rtol)
@@ -188,7 +192,7 @@ def solve_hybrid(
         unknowns=balanced.unknowns,
         rows=balanced.count,
         residual=residual,
-        condition=math.nan,
+        condition=condition,
         solver=built.plan.name,
         proof=proof if bool(determined.any()) else "none",
         converged=result.converged,
@@ -273,58 +277,32 @@ def _iterate(built: Built, rtol: float, progress: Progress | None) -> KrylovResu
     )
 
 
-def _touched(system: System) -> Tensor:
-    """Values that some equation holds (or that are known to be 0): no others can be determined."""
-    touched = (system.diagonal() > 0).expand(system.shape)
-    return touched if system.support is None else touched | ~system.support
-
-
-# Far above the error of a converged probe, far below the share of a null vector in an undetermined value.
-PROBE_TOLERANCE = 1e-3
-# The probe looks at its known answer every so many iterations, and may take this much longer than the solve.
+# A probe knows its answer, looks at it every so many iterations, and may take this much longer than the solve.
 PROBE_EVERY, PROBE_PATIENCE = 10, 1.5
-# By chance an open value agrees with a probe about once in 1000 times, with so many probes practically never.
-PROBES = 2
 
 
-def _probe(built: Built, iterations: int) -> Tensor:
-    """Which values the equations fix, by projecting random vectors z on the row space.
+def _recover(built: Built, iterations: int) -> Recover:
+    """The built solver for other right-hand sides, as a probe wants it, after a solve that took `iterations`."""
 
-    The solution of ``M x = M z`` that starts from 0 agrees with z in the determined values, and in others only
-    by chance. The answer z is known, so the iteration stops when it has been found.
-    """
-    generator = torch.Generator().manual_seed(0)
-    determined = torch.ones(built.system.shape, dtype=torch.bool, device=built.system.rhs[0].device)
-    for _ in range(PROBES):
-        determined &= _agreement(built, iterations, generator)
-        if torch.equal(determined, _touched(built.system)):
-            break
-    return determined
+    def recover(rhs: list[Tensor], accept: Accept) -> Tensor:
+        return refine(
+            built.system,
+            built.preconditioner,
+            rhs=rhs,
+            inner_dtype=torch.float32 if built.plan.mixed else None,
+            inner_rtol=MIXED_REPLACEMENT if built.plan.mixed else REPLACEMENT,
+            rtol=0.0,
+            max_iterations=max(PROBE_EVERY, int(PROBE_PATIENCE * iterations)),
+            accept=accept,
+            accept_every=PROBE_EVERY,
+        ).x
 
-
-def _agreement(built: Built, iterations: int, generator: torch.Generator) -> Tensor:
-    """Where the solution for one random z agrees with it; no z is near 0, as which untouched values come out."""
-    system = built.system
-    z = torch.rand(system.shape, generator=generator, dtype=torch.float64).to(system.rhs[0]) - 0.5
-    z = (z + z.sign()) * _touched(system)
-    if system.support is not None:
-        z = z * system.support
-    result = refine(
-        system,
-        built.preconditioner,
-        rhs=system.apply(z),
-        inner_dtype=torch.float32 if built.plan.mixed else None,
-        inner_rtol=MIXED_REPLACEMENT if built.plan.mixed else REPLACEMENT,
-        rtol=0.0,
-        max_iterations=max(PROBE_EVERY, int(PROBE_PATIENCE * iterations)),
-        accept=lambda x: bool((x - z).abs().max() < PROBE_TOLERANCE),
-        accept_every=PROBE_EVERY,
-    )
-    return _touched(system) & ((result.x - z).abs() < PROBE_TOLERANCE)
+    return recover
 
 
 def _solve_dense(system: System, rtol: float) -> Solution:
-    """Decide the rank by eigenvalues of the normal matrix, then refine with its pseudo-inverse."""
+    """Decide the rank by eigenvalues of the normal matrix, in float64, then refine with its pseudo-inverse."""
+    dtype, system = system.rhs[0].dtype, system.to(torch.float64)
     inverse = PseudoInverse.create(system)
     result = refine(system, inverse.solve, inner_rtol=1e-12, rtol=rtol, max_iterations=50)
     evidence = Evidence(
@@ -337,4 +315,4 @@ def _solve_dense(system: System, rtol: float) -> Solution:
         proof="eigenvalues",
         iterations=result.iterations,
     )
-    return Solution(result.x, inverse.determined.reshape(system.shape), evidence, inverse)
+    return Solution(result.x.to(dtype), inverse.determined.reshape(system.shape), evidence, inverse)

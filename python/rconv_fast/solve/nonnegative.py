@@ -34,6 +34,7 @@ from rconv_fast.solve.hybrid import MIXED_PRECISION_UNKNOWNS, balance
 from rconv_fast.solve.krylov import Progress, refine
 from rconv_fast.solve.precision import exact_float32
 from rconv_fast.solve.preconditioners import jacobi
+from rconv_fast.solve.rank import Accept, probe
 from rconv_fast.solve.rows import System
 from rconv_fast.solve.solution import Solution
 
@@ -53,8 +54,6 @@ EXACT_ITERATIONS = 4000
 ZERO_FACTOR, ZERO_FLOOR = 10.0, 1e-12
 # A certificate's multipliers, of mean 1 on the zeros, are at least this there, and at most this elsewhere.
 POSITIVE, NEARLY_ZERO = 0.01, 1e-7
-# A probe of the rank gives a random vector back to this accuracy.
-PROBE_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -220,13 +219,21 @@ def _support(system: System) -> Tensor:
 
 
 def has_full_rank(system: System, support: Tensor) -> bool:
-    """Whether ``M_P`` has full column rank: ``M_P x = M_P z`` gives a random z back."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(system.shape, generator=generator, dtype=torch.float64).to(system.rhs[0]) * support
-    rhs = system.apply(z)
-    blocks = tuple(replace(block, rhs=part) for block, part in zip(system.blocks, rhs, strict=True))  # type: ignore[type-var]
-    x, _ = _solve_on(System(system.shape, blocks), support, torch.zeros_like(z))
-    return bool((x - z).abs().max() < PROBE_TOLERANCE)
+    """Whether ``M_P`` has full column rank: ``M_P x = M_P z`` gives random z back."""
+    restricted = replace(system, support=support)
+
+    def recover(rhs: list[Tensor], accept: Accept) -> Tensor:
+        return refine(
+            restricted,
+            jacobi(restricted, rhs[0].dtype),
+            rhs=rhs,
+            inner_rtol=1e-8,
+            rtol=1e-15,
+            max_iterations=EXACT_ITERATIONS,
+            accept=accept,
+        ).x
+
+    return bool(probe(restricted, recover).all())
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,11 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
 def _factor_group(
     geometry: ConvGeometry, grad_output: Tensor, group: int, phases: list[Phase]
 ) -> list[tuple[PhaseFactor, float]]:
-    """The factors of those phases of one group whose rows are well conditioned, and their largest condition."""
-    h = output_gram(grad_output)
+    """The factors of those phases of one group whose rows are well conditioned, and their largest condition.
+
+    In float64, as they decide the rank.
+    """
+    h = output_gram(grad_output.double())
     found = []
     for stack in phase_stacks(geometry, phases, group, grad_output):
         gram = torch.stack([phase_gram(geometry, phase, h) for phase in stack.phases])
