@@ -1,0 +1,33 @@
+"""Networks for tests of sweeps, importable by worker processes: each call leaves a line, one kills its process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def network(log: str) -> nn.Module:
+    """Build a fully connected network, and note in `log` that a case began."""
+    with Path(log).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 4)).double()
+
+
+def deadly_once(log: str) -> nn.Module:
+    """Kill the process that calls it first, as the out-of-memory killer would."""
+    mark = Path(log + ".killed")
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return network(log)
+
+
+def deadly(log: str) -> nn.Module:
+    """Kill every process that calls it."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return network(log)
