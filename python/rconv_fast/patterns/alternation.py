@@ -1,0 +1,145 @@
+"""Robust alternation: solve under the pattern, run forward, read the pattern off; what contradicts is believed less.
+
+Plain alternation stalls. Here every equation is weighed by how clear its piece is and how well it fits; a few filters
+become entirely right, take over the weights and pull the others in. Convergence is then superlinear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rconv_fast.budget import Budget
+from rconv_fast.patterns.certificate import Certified, certify
+from rconv_fast.patterns.least_squares import WeightedSolver
+from rconv_fast.patterns.problem import Problem, Reading
+
+# Weight of the gradient rows in the relaxed start, when one row of either kind counts the same.
+START_GRADIENT = 0.3
+# Regularisation of the start in units of the mean diagonal: roughness of a picture, size of features.
+SMOOTH, SMALL = 0.1, 1e-3
+# A filter's rows weigh ``s^2 / (v_f + 0.05 median v)``, v_f their mean square misfit.
+FLOOR = 0.05
+# Misfit from which the pattern is worth a tight solve.
+GATE = 1e-3
+# The alternation gives up after so many iterations that do not gain a tenth.
+PATIENCE, GAIN = 8, 0.9
+SMALLEST_SIGMA = 1e-15
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How trust grows.
+
+    Attributes
+    ----------
+    name : str
+        For the report.
+    clear, trust : float
+        Lead of a maximum and misfit, in units of sigma, at which a known output counts about half.
+    decay : float
+        Factor of the regularisation an iteration.
+    quantile : float
+        sigma is 1.5 times this quantile of the misfits,
+    floor : float
+        but falls at most by this factor an iteration.
+    iterations : int
+        At most.
+    """
+
+    name: str
+    clear: float = 3.0
+    trust: float = 1.0
+    decay: float = 0.3
+    quantile: float = 0.5
+    floor: float = 0.3
+    descent: bool = False
+    iterations: int = 30
+
+
+SHARP = Schedule("sharp")
+SOFT = Schedule("soft", decay=0.5, quantile=0.7)
+DESCENT = Schedule("descent", descent=True)
+GENTLE = Schedule("gentle", clear=5.0, trust=5.0, decay=0.8)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Where an alternation ended: the certified answer or None, the iterate, its misfit, the iterations."""
+
+    certified: Certified | None
+    x: Tensor
+    misfit: float
+    iterations: int
+
+
+@dataclass
+class _State:
+    """What is carried from one iteration to the next."""
+
+    x: Tensor | None
+    sigma: float = 0.0
+    history: list[float] = field(default_factory=list)
+
+
+def alternate(problem: Problem, schedule: Schedule, budget: Budget, start: Tensor | None = None) -> Attempt:
+    """Alternate from a relaxed start (or from `start`) until a pattern is certified or nothing is gained."""
+    solver = WeightedSolver(problem.convolution)
+    state = _State(start)
+    refuted: Tensor | None = None
+    certified = None
+    for iteration in range(schedule.iterations):
+        x = _step(problem, solver, schedule, state, iteration)
+        o = problem.convolution.output(x)
+        pattern = problem.hidden.choose(o)
+        behind, gradients = problem.hidden.misfit(o), problem.gradient_misfit(x, problem.hidden.tight(pattern))
+        state.x = x
+        state.history.append(behind + gradients)
+        if min(behind, gradients) < GATE and (refuted is None or not torch.equal(pattern, refuted)):
+            certified = certify(problem, pattern)
+            refuted = pattern
+        if certified is not None or budget.spent or _stalled(state.history):
+            break
+    return Attempt(certified, x, min(state.history), iteration + 1)
+
+
+def _step(problem: Problem, solver: WeightedSolver, schedule: Schedule, state: _State, iteration: int) -> Tensor:
+    """One weighted solve, clamped to the range of x."""
+    c, hidden = problem.convolution, problem.hidden
+    if state.x is None:
+        reading = hidden.relaxed()
+        weight = START_GRADIENT * _balance(problem, reading)
+    else:
+        o = c.output(state.x)
+        pattern = hidden.choose(o)
+        size = 1.5 * float(torch.quantile(hidden.residual(o, pattern).abs(), schedule.quantile))
+        state.sigma = max(size, schedule.floor * state.sigma, SMALLEST_SIGMA)
+        if schedule.descent and iteration > 1:
+            pattern = hidden.refined(c, state.x, pattern, state.sigma)
+        reading = hidden.robust(o, pattern, state.sigma, schedule)
+        weight = _filter_weights(problem, state.x, reading, state.sigma)
+    ridge = (SMOOTH if c.image else SMALL) * schedule.decay**iteration
+    return solver.solve(reading, weight, ridge, state.x).clamp(c.low, c.high)
+
+
+def _balance(problem: Problem, reading: Reading) -> Tensor:
+    """Weight (F,) that makes the gradient rows' mean diagonal that of the value rows."""
+    c = problem.convolution
+    values = float(c.back(reading.weight, c.weight.square()).mean())
+    gradients = float(c.back(reading.g.square(), torch.ones_like(c.weight)).mean())
+    return c.weight.new_full((len(c.weight),), values / gradients)
+
+
+def _filter_weights(problem: Problem, x: Tensor, reading: Reading, sigma: float) -> Tensor:
+    """``s^2 / (v_f + 0.05 median v)`` (F,), 0 for a filter without gradient."""
+    c = problem.convolution
+    miss = (c.weight_gradient(x, reading.g) - c.grad_weight).square().flatten(1).mean(1)
+    tiny = torch.finfo(miss.dtype).tiny
+    alive = reading.g.any(-1).any(0)
+    return torch.where(alive, sigma**2 / (miss + FLOOR * miss.median() + tiny), 0.0)
+
+
+def _stalled(history: list[float]) -> bool:
+    return len(history) > 2 * PATIENCE and min(history[-PATIENCE:]) > GAIN * min(history[:-PATIENCE])

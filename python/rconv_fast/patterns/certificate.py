@@ -1,0 +1,34 @@
+"""The certificate of a pattern: the solve under it leaves no residual, and run forward gives the pattern back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rconv_fast.patterns.problem import Problem
+from rconv_fast.solve import Solution, solve
+
+
+@dataclass(frozen=True)
+class Certified:
+    """A pattern that is right, the input that proves it, and its solve."""
+
+    x: Tensor
+    pattern: Tensor
+    solution: Solution
+
+
+def certify(problem: Problem, pattern: Tensor) -> Certified | None:
+    """Solve all equations under a pattern, every one counting the same; None where something contradicts it."""
+    system = problem.system(problem.hidden.tight(pattern))
+    if system.count < system.unknowns:
+        return None
+    solution = solve(system)
+    if not bool(solution.determined.all()):
+        return None
+    x = solution.x
+    o = problem.convolution.output(x)
+    seen_again = problem.hidden.tight(problem.hidden.choose(o))
+    worst = max(problem.hidden.misfit(o), problem.gradient_misfit(x, seen_again))
+    return Certified(x, pattern, solution) if worst <= problem.tolerance else None

@@ -1,0 +1,139 @@
+"""A convolution whose output is seen through a hidden pattern: what is known, and what a pattern has to offer.
+
+``o = W x + b``; known are W, b, ``dL/dW`` and what lies behind. Under a pattern two blocks of equations are linear in
+x:
+
+    ``sum_{b,u} g[b,f,u] x[b,c,u*s+k*d-p] = dW[f,c,k]``   with the gradient g = dL/do that the pattern implies
+    ``o[b,f,u] = t[b,f,u]``                               where the pattern makes an output known
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.solve import GradientRows, Rows, System, WeightRows
+
+if TYPE_CHECKING:
+    from rconv_fast.patterns.alternation import Schedule
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """The convolution in front of the hidden layer. Outputs are flat planes (B, F, U) here.
+
+    Attributes
+    ----------
+    geometry : ConvGeometry
+        All sizes.
+    weight, grad_weight : Tensor, shape (F, C/groups, *K)
+        W and dL/dW.
+    bias : Tensor, shape (F,)
+        b.
+    batch : int
+        Samples whose inputs are unknown.
+    low, high : float
+        Range of x: 0 and inf behind a ReLU.
+    image : bool
+        Whether x is the network's input: neighbours are alike. Elsewhere values are small at best.
+    """
+
+    geometry: ConvGeometry
+    weight: Tensor
+    bias: Tensor
+    grad_weight: Tensor
+    batch: int = 1
+    low: float = -math.inf
+    high: float = math.inf
+    image: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        r"""Of the unknown, (B, C, \*in)."""
+        return torch.Size((self.batch, self.geometry.in_channels, *self.geometry.input_size))
+
+    def as_planes(self, outputs: Tensor) -> Tensor:
+        r"""(B, F, U) to (B, F, \*out)."""
+        return outputs.reshape(len(outputs), self.geometry.out_channels, *self.geometry.out_size)
+
+    def output(self, x: Tensor) -> Tensor:
+        """``W x + b``, (B, F, U)."""
+        return apply_weight(self.geometry, x, self.weight).flatten(2) + self.bias[:, None]
+
+    def weight_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """``B x``: dL/dW if x is the input and g (B, F, U) the gradient of the output."""
+        return apply_gradient(self.geometry, x, self.as_planes(g))
+
+    def back(self, y: Tensor, kernel: Tensor) -> Tensor:
+        """The adjoint of both: ``W^T y`` with kernel W, ``B^T y`` with g for y and y as the kernel."""
+        return apply_weight_adjoint(self.geometry, self.as_planes(y), kernel)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a (perhaps relaxed) pattern says of the outputs: all (B, F, U).
+
+    Attributes
+    ----------
+    g : Tensor
+        dL/do.
+    target, weight : Tensor
+        The values outputs have, and how much each is believed (0: not known).
+    """
+
+    g: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+class Hidden(Protocol):
+    """A hidden pattern: what a forward run says of it, and what it says of the outputs."""
+
+    def relaxed(self) -> Reading:
+        """The start: every piece that is possible, a little."""
+
+    def choose(self, o: Tensor) -> Tensor:
+        """The pattern of a forward run."""
+
+    def tight(self, pattern: Tensor) -> Reading:
+        """A pattern taken at its word: every known output counts the same."""
+
+    def residual(self, o: Tensor, pattern: Tensor) -> Tensor:
+        """By how much a forward run misses the known outputs, one number each."""
+
+    def robust(self, o: Tensor, pattern: Tensor, sigma: float, schedule: Schedule) -> Reading:
+        """The pattern of a forward run, believed where it is clear and fits, `sigma` the size of the misfit."""
+
+    def refined(self, convolution: Convolution, x: Tensor, pattern: Tensor, sigma: float) -> Tensor:
+        """The pattern that gradients and values favour together at a fixed x; `sigma` the size of the misfit."""
+
+    def misfit(self, o: Tensor) -> float:
+        """Relative mismatch of what is seen behind the hidden layer."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A convolution, the hidden pattern behind it, and the relative misfit up to which both are met exactly."""
+
+    convolution: Convolution
+    hidden: Hidden
+    tolerance: float = 1e-10
+
+    def gradient_misfit(self, x: Tensor, reading: Reading) -> float:
+        """``||B x - dW|| / ||dW||``."""
+        seen = self.convolution.grad_weight
+        return float((self.convolution.weight_gradient(x, reading.g) - seen).norm() / seen.norm())
+
+    def system(self, reading: Reading) -> System:
+        """All equations under a pattern."""
+        c = self.convolution
+        blocks: list[Rows] = [GradientRows.create(c.geometry, c.grad_weight, c.as_planes(reading.g))]
+        output = c.as_planes(reading.target - c.bias[:, None])
+        values = WeightRows.create(c.geometry, c.weight, output, c.as_planes(reading.weight))
+        return System(c.shape, (*blocks, values) if values.count else tuple(blocks))
