@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rconv_fast.layers import activation
-from rconv_fast.layers.build import unsupported
+from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.knowledge import Knowledge
-from rconv_fast.layers.rules import ActivationRule
+from rconv_fast.layers.registry import unsupported
 
 # Table 1 of R-CONV, then what else fits. Each module beside the functional calls that must mean the same.
 TABLE_1 = {

@@ -173,7 +173,7 @@ def test_bad_usage_is_exit_code_2(arguments: list[str]) -> None:
 
 def test_package_errors_become_one_line(fake: FakeInversion, tmp_path: Path) -> None:
     fake.error = UnsupportedModelError("pool", "max pooling\nover 2x2")
-    assert "must be invertible at 'pool'" in error_line(run("demo", "--out", tmp_path))
+    assert "must be readable at 'pool'" in error_line(run("demo", "--out", tmp_path))
 
 
 def test_interrupt_is_exit_code_130(fake: FakeInversion, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks import assert_recovered, attack, gradients_of, photo
-from rconv_fast import UnsupportedModelError, invert
-from rconv_fast.graph import build_graph
+from rconv_fast import Inversion, invert
+from rconv_fast.errors import ArgumentError
+from rconv_fast.losses import logits_in
+from rconv_fast.walk.graph import build_graph
 
 SIZE = 12
 CLASSES = 10
@@ -265,18 +268,15 @@ def test_layers_that_only_move_values(layer: nn.Module) -> None:
 # What is refused
 
 
-def refusal(model: nn.Module, shape: tuple[int, ...] = (3, SIZE, SIZE)) -> UnsupportedModelError:
-    """No gradient is looked at before the model can be read."""
+def stopped(model: nn.Module, shape: tuple[int, ...] = (3, SIZE, SIZE)) -> Inversion:
+    """What is said of a model that cannot be read, whatever its gradients."""
     model.double()
     gradients = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    with pytest.raises(UnsupportedModelError) as caught:
-        invert(model, gradients, shape)
-    message = str(caught.value)
-    assert message.startswith("invert: ")
-    assert "\n" not in message
-    assert caught.value.module in message
-    assert caught.value.reason in message
-    return caught.value
+    result = invert(model, gradients, shape)
+    assert result.inputs is None
+    assert not result.verified
+    assert "\n" not in result.reason
+    return result
 
 
 def test_shared_parameters_are_refused() -> None:
@@ -287,18 +287,19 @@ def test_shared_parameters_are_refused() -> None:
         return net.fc(F.relu(net.conv2(F.relu(net.shared(x)))).flatten(1))
 
     model = Network(forward, shared=shared).double()
-    with pytest.raises(UnsupportedModelError, match="used more than once") as caught:
-        attack(model, photo(SIZE))
-    assert caught.value.module == "shared"
-    assert set(caught.value.features) == {"fc", "conv2"}
+    result = attack(model, photo(SIZE)).result
+    assert result.stops_at == "shared"
+    assert "used more than once" in result.reason
+    assert set(result.features) == {"fc", "conv2"}
 
 
 def test_tied_weights_are_refused() -> None:
     model = Network(functional, other=nn.Conv2d(3, 24, 5, 2, 2))
     model.other.weight = model.conv1.weight
     model.written = lambda net, x: functional(net, x + 0 * net.other(x).mean((1, 2, 3), keepdim=True))
-    with pytest.raises(UnsupportedModelError):
-        attack(model.double(), photo(SIZE))
+    result = attack(model.double(), photo(SIZE)).result
+    assert result.inputs is None
+    assert "used more than once" in result.reason
 
 
 def test_several_inputs_are_refused() -> None:
@@ -310,7 +311,7 @@ def test_several_inputs_are_refused() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return self.fc(torch.flatten(x + y, 1))
 
-    assert "several inputs" in refusal(Two()).reason
+    assert "several inputs" in stopped(Two()).notes[0]
 
 
 def test_an_optional_second_input_takes_its_default() -> None:
@@ -321,30 +322,61 @@ def test_an_optional_second_input_takes_its_default() -> None:
     assert_recovered(Scaled(), photo(SIZE))
 
 
-def test_several_outputs_are_refused() -> None:
-    error = refusal(Network(lambda net, x: (functional(net, x), x)))
-    assert "does not return one tensor" in error.reason
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y, x: (y, x),
+        lambda y, x: {"features": x, "logits": y},
+        lambda y, _: [{"out": y}],
+        lambda y, _: y[None][0],
+    ],
+    ids=["tuple", "dict", "list of a dict", "reshaped"],
+)
+def test_logits_in_a_container_are_found(wrap: Callable[[Tensor, Tensor], Any]) -> None:
+    model = Network(lambda net, x: wrap(functional(net, x), x)).double()
+    loss = lambda out, y: F.cross_entropy(logits_in(out), y)  # noqa: E731
+    x = photo(SIZE)
+    assert invert(model, gradients_of(model, x, loss=loss), x.shape[1:]).verified
+
+
+def test_a_model_that_returns_nothing_of_its_input_is_named() -> None:
+    assert "no tensor that depends on its input" in stopped(Network(lambda net, _: net.fc.weight)).notes[0]
 
 
 def test_control_flow_on_values_is_refused() -> None:
     def forward(net: Network, x: Tensor) -> Tensor:
         return functional(net, x if x.sum() > 0 else -x)
 
-    assert "control flow" in refusal(Network(forward)).reason
+    assert "control flow" in stopped(Network(forward)).notes[0]
 
 
 @pytest.mark.parametrize("shape", [(1, SIZE, SIZE), (3, 2 * SIZE, SIZE), (3, 1, 1), (3,)], ids=str)
 def test_a_shape_the_model_does_not_take(shape: tuple[int, ...]) -> None:
-    error = refusal(Network(functional), shape)
-    assert "an input of shape" in error.reason
-    assert str((1, *shape)) in error.reason or shape[0] == 3
+    model = Network(functional).double()
+    gradients = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    with pytest.raises(ArgumentError, match="input_shape must be one that the model accepts") as caught:
+        invert(model, gradients, shape)
+    assert str(caught.value).endswith(f"got {shape}")
 
 
-def test_a_model_that_ends_in_an_activation_is_refused() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, CLASSES), nn.Sigmoid())
-    error = refusal(model)
-    assert error.module == "2"
-    assert "a fully connected one is needed" in error.reason
+WRAPPED = {
+    "log_softmax and nll": (nn.LogSoftmax(1), "nll", F.nll_loss),
+    "log_softmax and cross entropy": (nn.LogSoftmax(1), "cross_entropy", F.cross_entropy),
+    "sigmoid and bce": (nn.Sigmoid(), "binary_cross_entropy", F.binary_cross_entropy),
+}
+
+
+@pytest.mark.parametrize(("wrapper", "name", "loss"), WRAPPED.values(), ids=WRAPPED.keys())
+def test_what_wraps_the_logits_is_looked_through(
+    wrapper: nn.Module, name: str, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    classes = 1 if name == "binary_cross_entropy" else CLASSES
+    model = nn.Sequential(nn.Conv2d(3, 48, 5, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(48 * 36, classes), wrapper)
+    x = photo(SIZE)
+    y = torch.ones(1, 1).double() if classes == 1 else torch.tensor([3])
+    result = invert(model.double(), gradients_of(model, x, y, loss), x.shape[1:], loss=name)
+    assert result.verified, result.summary()
+    assert torch.equal(result.labels.reshape(-1).double(), y.reshape(-1).double())
 
 
 def test_steps_are_in_forward_order_with_their_operands() -> None:

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 import rconv_fast
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.graph import build_graph
-from rconv_fast.invert import forward_activations
-from rconv_fast.layers.bounds import flat_rows
 from rconv_fast.solve import Solution, System, WeightRows, apply_prior, solve
 from rconv_fast.solve.dense import PseudoInverse
 from rconv_fast.solve.prior import differences, differences_adjoint
+from rconv_fast.walk.bounds import flat_rows
+from rconv_fast.walk.graph import build_graph
+from rconv_fast.walk.search import forward_pieces
 
 # What the splitting leaves of a bound, with room.
 BOUND = 1e-3
@@ -158,7 +158,7 @@ def test_flat_rows_hold_at_the_true_input() -> None:
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     gradients = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     graph = build_graph(model, gradients, (3, 12, 12), 2)
-    values = forward_activations(graph, x)
+    values = forward_pieces(graph, x)
     (activation,) = values.values()
     rows = flat_rows(graph, values, graph.input)
     held = sum(int((block.row_weight != 0).sum()) for block in rows)

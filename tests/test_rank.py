@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attacks import gradients_of
 from layers import gradient_matrix, random_grad_output
-from rconv_fast import RconvError, UnsupportedModelError, invert
+from rconv_fast import RconvError, invert
 from rconv_fast.audit import LayerRank, rank_analysis
 from rconv_fast.audit.rank import tally
 from rconv_fast.geometry import ConvGeometry
@@ -147,5 +147,5 @@ def test_arguments_are_refused_in_one_line() -> None:
         rank_analysis(model, (20,), batch_size=0)
     with pytest.raises(TypeError, match=r"rank_analysis: model must be a torch.nn.Module, got int"):
         rank_analysis(3, (20,))  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError):
+    with pytest.raises(ValueError, match="input_shape must be one that the model accepts"):
         rank_analysis(model, (21,))

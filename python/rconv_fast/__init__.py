@@ -15,11 +15,12 @@ from rconv_fast.audit import LayerRank, rank_analysis
 from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
 from rconv_fast.errors import RconvError, UnsupportedModelError
 from rconv_fast.heads import HeadSeparation, peel_relu_batch, recover_linear_input, separate_softmax_batch
-from rconv_fast.invert import Inversion, invert
+from rconv_fast.invert import invert
 from rconv_fast.metrics import match_samples, mse, psnr, ssim
 from rconv_fast.recover import ConvRecovery, constraint_operator, recover_conv_input
 from rconv_fast.updates import gradients_from_update
-from rconv_fast.walk import LayerReport
+from rconv_fast.verdict import Inversion, Sample
+from rconv_fast.walk.report import LayerReport
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "LayerRank",
     "LayerReport",
     "RconvError",
+    "Sample",
     "UnsupportedModelError",
     "constraint_operator",
     "gradient_constraints",

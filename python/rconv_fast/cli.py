@@ -234,7 +234,7 @@ def _timed_inversion(
         with ProgressDisplay() as show:
             inversion = rconv_fast.invert(model, gradients, shape, progress=show, **options)
     except errors.InterruptedInversionError as interrupted:
-        files.save_partial(out / "partial.safetensors", interrupted.features, interrupted.partial)
+        files.save_partial(out / "partial.safetensors", interrupted.inversion.features, interrupted.inversion.inputs)
         _stop(f"{interrupted}; saved in {out / 'partial.safetensors'}", INTERRUPTED)
     return inversion, time.perf_counter() - start
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 # what torch's own factorisations raise: public, missing in its stubs
@@ -38,43 +37,31 @@ class InterruptedInversionError(RconvError, KeyboardInterrupt):
 
     Attributes
     ----------
-    layer : str
-        The layer whose input was being solved for.
-    features : dict[str, Tensor]
-        The inputs recovered before, by layer name.
-    partial : Tensor or None
-        The iterate of the solve that was interrupted.
+    inversion : Inversion
+        Everything that was recovered before.
     """
 
-    def __init__(self, layer: str, features: Mapping[str, Any], partial: Any = None) -> None:
-        self.layer = layer
-        self.features = dict(features)
-        self.partial = partial
-        known = ", ".join(self.features) or "nothing"
-        super().__init__(f"invert: interrupted at {layer!r}; recovered up to there: inputs of {known}")
+    def __init__(self, inversion: Any) -> None:
+        self.inversion = inversion
+        known = ", ".join(inversion.features) or "nothing"
+        super().__init__(f"invert: interrupted at {inversion.stops_at!r}; recovered up to there: inputs of {known}")
 
 
 class UnsupportedModelError(RconvError, ValueError):
-    """The recursion cannot pass a module of the model.
+    """A model that cannot be read layer by layer.
 
     Attributes
     ----------
     module : str
-        Qualified name of the module (or of the function call) that stops the recursion.
+        Qualified name of the module (or of the function call) where reading ends.
     reason : str
-        Why it stops there.
-    features : dict[str, Tensor]
-        What was recovered before the stop: the input of each layer behind ``module``, by layer name.
+        Why it ends there.
     """
 
-    def __init__(self, module: str, reason: str, features: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, module: str, reason: str) -> None:
         self.module = module
         self.reason = reason
-        self.features = dict(features or {})
-        known = ", ".join(self.features) or "nothing"
-        super().__init__(
-            f"invert: model must be invertible at {module!r}, got {reason}; recovered up to there: inputs of {known}"
-        )
+        super().__init__(f"invert: model must be readable at {module!r}, got {reason}")
 
 
 def require(condition: bool, function: str, argument: str, must: str, got: object) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,3 +77,16 @@ class Loss:
 
 def _like(weights: Tensor | None, outputs: Tensor) -> Tensor | None:
     return None if weights is None else torch.as_tensor(weights).to(outputs)
+
+
+def logits_in(outputs: Any) -> Any:
+    """The one tensor a loss is taken of in what a model returns.
+
+    A tensor is itself; of a mapping it is the entry ``logits``, else the first; of a tuple or list the first. Works on
+    anything that stands for a tensor as well.
+    """
+    if isinstance(outputs, Mapping):
+        return logits_in(outputs["logits"] if "logits" in outputs else next(iter(outputs.values()), None))
+    if isinstance(outputs, Sequence) and not isinstance(outputs, str):
+        return logits_in(outputs[0]) if len(outputs) else None
+    return getattr(outputs, "logits", outputs)

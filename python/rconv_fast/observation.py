@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.losses import Loss
+from rconv_fast.losses import Loss, logits_in
 
 Noise = Mapping[str, "float | Tensor"]
 
@@ -129,6 +129,11 @@ class Observation:
     scale: float = 1.0
     source: str = "gradients"
 
+    @property
+    def precision(self) -> float:
+        """Relative spacing of the values: twice the rounding."""
+        return 2 * self.rounding
+
     def compare(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Match:
         """Run the model on a candidate and compare all gradients, in float64."""
         found = self.gradients_at(model, inputs, targets)
@@ -154,7 +159,7 @@ class Observation:
         with torch.enable_grad():
             for p in parameters.values():
                 p.requires_grad_(True)
-            value = self.scale * self.loss(model(inputs), targets)
+            value = self.scale * self.loss(logits_in(model(inputs)), targets)
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         return {
             name: torch.zeros_like(p) if g is None else g.detach()

@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
-VERDICTS = ("exact", "approximate", "partial", "features", "nothing")
-STATUSES = ("exact", "approximate", "features")
+from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome
+from rconv_fast.observation import Match, Observation
+from rconv_fast.walk.graph import Graph
+from rconv_fast.walk.pass_ import Pass, features_of
+from rconv_fast.walk.report import LayerReport
+
+# Relative rounding up to which gradients count as float64's own; above, up to float32's, the arithmetic of a
+# backward pass is the noise; above that, the rounding of the values themselves.
+DOUBLE, SINGLE = 1e-12, 2.0**-22
+# A mismatch below this many units of rounding is a match. A backward pass in float32 loses a few units.
+# Float64 leaves room for what ill-conditioned layers amplify: 1e-10, far below what any wrong picture reaches.
+SINGLE_ROUNDINGS, DOUBLE_ROUNDINGS = 8.0, 4.5e5
+# Where the noise is known, the mismatch in its units is 1 up to chance: this many standard deviations of chi-square.
+DEVIATIONS = 4.0
+# Equations that fit worse than this contradict each other: they were built from a wrong gradient or activation.
+CONTRADICTION = 1e-3
+# Two answers this far apart (relative) are two answers.
+DIFFERENT = 1e-3
+# Predicted error (relative to the input's size) above which a match is coarse: it no longer shows what the input was.
+COARSE = 0.05
 
 
 @dataclass(frozen=True)
@@ -32,37 +53,19 @@ class Sample:
     label: object
     certificate: float
     multiplicity: int = 1
-    status: str = "exact"
-    error: float = 0.0
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How one layer's input was found; `patterns` says how a hidden pattern was, or is empty."""
-
-    name: str
-    kind: str
-    rows: int
-    unknowns: int
-    rank: int
-    condition: float
-    residual: float
-    solver: str
-    proof: str
-    seconds: float
-    iterations: int = 0
-    patterns: str = ""
+    status: str = "features"
+    error: float = math.inf
 
 
 @dataclass(frozen=True)
 class Inversion:
-    r"""What the gradients give away; see ``docs`` for how to read it.
+    r"""What the gradients give away.
 
     Attributes
     ----------
     verdict : {"exact", "approximate", "partial", "features", "nothing"}
-        Everything proven; inputs with error bars; some samples or values proven; no inputs but features, labels,
-        tokens or counts; nothing.
+        Everything proven, up to the noise; inputs with error bars, not proven unique; some samples or values proven;
+        no inputs but features, labels, tokens or counts; nothing.
     verified : bool
         The inputs reproduce all gradients to within the noise, everything is determined, and no other reading
         does too.
@@ -103,8 +106,8 @@ class Inversion:
     inputs: Tensor | None = None
     labels: Tensor | None = None
     layers: list[LayerReport] = field(default_factory=list)
-    gradient_residual: float = float("inf")
-    noise_ratio: float = float("inf")
+    gradient_residual: float = math.inf
+    noise_ratio: float = math.inf
     determined: Tensor | None = None
     uncertainty: Tensor | None = None
     samples: list[Sample] = field(default_factory=list)
@@ -116,3 +119,219 @@ class Inversion:
     reason: str = ""
     scale: float = 1.0
     notes: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """The result and one line a layer, as text."""
+        from rconv_fast.report.text import summarise
+
+        return summarise(self)
+
+
+def match_bar(rounding: float) -> float:
+    """The relative gradient mismatch that arithmetic of this relative rounding explains; 0 where it explains none."""
+    if rounding <= DOUBLE:
+        return DOUBLE_ROUNDINGS * rounding
+    return SINGLE_ROUNDINGS * min(rounding, SINGLE)
+
+
+def within_noise(match: Match, rounding: float, *, noise_known: bool) -> bool:
+    """Whether a mismatch is no larger than the noise explains.
+
+    By the arithmetic's own rounding, or, where the noise of the entries is known, by the law of chi-square:
+    ``chi2 <= dof + DEVIATIONS sqrt(2 dof)``.
+    """
+    if match.relative <= match_bar(rounding):
+        return True
+    limit = match.entries + DEVIATIONS * math.sqrt(2 * match.entries)
+    return noise_known and math.isfinite(match.chi2) and match.chi2 <= limit
+
+
+def proven(reports: Sequence[LayerReport]) -> bool:
+    """Whether every layer's claim to be determined has a proof; a probe alone is none without rows to spare."""
+    return all(r.proof != "none" and (r.proof != "probe" or r.rows > r.unknowns) for r in reports)
+
+
+def same_answer(first: Tensor, second: Tensor) -> bool:
+    """Whether two recovered inputs are one answer, samples in any order."""
+    if first.shape != second.shape:
+        return False
+    a, b = first.flatten(1), second.flatten(1)
+    gaps = torch.cdist(a, b)
+    nearest, places = gaps.min(dim=1)
+    distinct = len(torch.unique(places)) == len(places)
+    return distinct and bool((nearest <= DIFFERENT * a.norm(dim=1).clamp_min(1e-30)).all())
+
+
+def what_misses(report: LayerReport, open_values: int) -> str:
+    """By how many equations a layer falls short, as far as that is known; one short is a bound, not a count."""
+    short = report.unknowns - min(report.rows, report.rank)
+    rank = "" if report.rank >= min(report.rows, report.unknowns - 1) else f" of rank {report.rank}"
+    missing = f"{short} too few" if short > 1 else "not shown to have full rank"
+    counted = f"{report.rows} equations{rank} for {report.unknowns} values, {missing}"
+    return f"{report.name}: {counted}; {open_values} values are open"
+
+
+def label_of(labels: Tensor | None, index: int) -> Any:
+    """One sample's label as a Python value."""
+    return None if labels is None or index >= len(labels) else labels[index].tolist()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one reading of the head led to.
+
+    Attributes
+    ----------
+    head : HeadCandidate
+        The reading.
+    graph : Graph
+        The model, for its batch size.
+    passed : Pass
+        What the recursion found.
+    match : Match or None
+        Of its inputs, if it found any.
+    good : bool
+        Whether the mismatch is within the noise.
+    interrupted : bool
+        Whether Ctrl-C ended it.
+    """
+
+    head: HeadCandidate
+    graph: Graph
+    passed: Pass
+    match: Match | None
+    good: bool
+    interrupted: bool = False
+
+    @property
+    def inputs(self) -> Tensor | None:
+        """The recovered inputs."""
+        return self.passed.values.get(self.graph.input)
+
+    @property
+    def relative(self) -> float:
+        """The relative mismatch, infinite where there are no inputs."""
+        return math.inf if self.match is None else self.match.relative
+
+
+def conclude(
+    graph: Graph, outcome: HeadOutcome, answers: Sequence[Answer], observation: Observation, prior: str | None
+) -> Inversion:
+    """The verdict on all readings of a head.
+
+    ``verified`` needs all of: a match within the noise; every value determined, each layer with a proof; a head that
+    left nothing open; no second reading that matches with other inputs.
+    """
+    if not answers:
+        counts = outcome.label_counts
+        known = counts is not None or outcome.batch_size is not None
+        return Inversion(
+            "features" if known else "nothing",
+            batch_size=outcome.batch_size,
+            label_counts=counts,
+            stops_at=outcome.stops_at or None,
+            reason=outcome.reason,
+            scale=observation.scale,
+            notes=[graph.unread] if graph.unread else [],
+        )
+    best = min(answers, key=lambda answer: answer.relative)
+    rivals = [other for other in answers if other.good and other is not best and not _same(best, other)]
+    return _of_answer(best, rivals if best.good else [], outcome, observation, prior)
+
+
+def _same(first: Answer, second: Answer) -> bool:
+    if first.inputs is None or second.inputs is None:
+        return False
+    return same_answer(first.inputs, second.inputs)
+
+
+def _of_answer(
+    best: Answer, rivals: Sequence[Answer], outcome: HeadOutcome, observation: Observation, prior: str | None
+) -> Inversion:
+    inputs, passed, head = best.inputs, best.passed, best.head
+    reports = list(passed.reports.values())
+    notes = list(head.notes)
+    determined = None if inputs is None else _determined(best, notes, prior)
+    closed = determined is not None and bool(determined.all()) and proven(reports) and _consistent(reports)
+    verified = best.good and closed and head.complete and not rivals
+    if rivals:
+        others = "; ".join(f"labels {r.head.labels.tolist()}" for r in rivals)
+        notes.append(f"another reading of the head reproduces the gradients too ({others}): give labels= to decide")
+    if best.good and not verified and not _consistent(reports):
+        notes.append("the equations of a layer contradict each other, so the match alone proves nothing")
+    verdict = _verdict(best, determined, verified)
+    status = {"exact": "exact", "approximate": "approximate"}.get(verdict, "features")
+    stop = passed.stop
+    return Inversion(
+        verdict=verdict,
+        verified=verified,
+        inputs=inputs,
+        labels=head.labels,
+        layers=reports,
+        gradient_residual=best.relative,
+        noise_ratio=math.inf if best.match is None else best.match.ratio,
+        determined=determined,
+        samples=_samples(head, status),
+        batch_size=len(head.grad_logits) if head.complete else outcome.batch_size,
+        label_counts=outcome.label_counts if outcome.label_counts is not None else _counts(best),
+        features=features_of(best.graph, passed.values),
+        stops_at=None if stop is None else stop.label,
+        reason="" if stop is None else stop.reason,
+        scale=observation.scale,
+        notes=notes,
+    )
+
+
+def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
+    """Which input values are proven; a note for each thing that leaves some open."""
+    passed, graph = best.passed, best.graph
+    inputs = passed.values[graph.input]
+    determined = passed.determined.get(graph.input, torch.ones_like(inputs, dtype=torch.bool))
+    open_reports = [(n, r) for n, r in passed.reports.items() if not bool(passed.determined[n].all())]
+    open_layers = [report.name for name, report in open_reports if name != graph.input]
+    if open_layers and not best.good:
+        determined = torch.zeros_like(determined)
+        notes.append(f"the inputs of {', '.join(open_layers)} are not determined, so nothing before them is proven")
+    contradicted = [r for r in passed.reports.values() if r.residual > CONTRADICTION]
+    if contradicted and not best.good:
+        determined = torch.zeros_like(determined)
+        worst = max(contradicted, key=lambda r: r.residual)
+        notes.append(f"the equations of {worst.name} contradict each other (residual {worst.residual:.1e})")
+    notes += [what_misses(report, int((~passed.determined[name]).sum())) for name, report in open_reports]
+    completed = [r.name for name, r in passed.reports.items() if name != graph.input and r.proof == "nonnegative"]
+    if completed:
+        notes.append(f"the inputs of {', '.join(completed)} follow from their equations and x >= 0 behind a ReLU")
+    if not bool(determined.all()):
+        choice = "minimum-norm choice" if prior is None else f"choice of the prior {prior!r}"
+        notes.append(f"values that are not determined are the {choice}")
+    return determined
+
+
+def _consistent(reports: Sequence[LayerReport]) -> bool:
+    return all(report.residual <= CONTRADICTION for report in reports)
+
+
+def _verdict(best: Answer, determined: Tensor | None, verified: bool) -> str:
+    """The word for it."""
+    if determined is None:
+        return "features"
+    if verified:
+        return "exact"
+    if bool(determined.all()) and best.match is not None and best.relative < COARSE:
+        return "approximate"
+    return "partial" if bool(determined.any()) else "features"
+
+
+def _samples(head: HeadCandidate, status: str) -> list[Sample]:
+    return [
+        Sample(label_of(head.labels, index), float(certificate), status=status)
+        for index, certificate in enumerate(head.certificates)
+    ]
+
+
+def _counts(best: Answer) -> Tensor | None:
+    """Labels counted, where the head found all samples of a classification."""
+    labels, n = best.head.labels, best.head.grad_logits.shape[1]
+    if not best.head.complete or labels.is_floating_point() or labels.ndim != 1:
+        return None
+    return torch.bincount(labels, minlength=n)

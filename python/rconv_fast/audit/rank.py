@@ -23,16 +23,13 @@ from torch import nn
 from rconv_fast.audit.structure import checked_shape, read_structure
 from rconv_fast.errors import require, require_type
 from rconv_fast.geometry import ConvGeometry, Phase
-from rconv_fast.graph import Graph, Step
-from rconv_fast.layers.rules import (
-    ActivationRule,
-    AffineRule,
-    AverageRule,
-    ConvRule,
-    RearrangeRule,
-    SumRule,
-    UnsupportedRule,
-)
+from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.layers.affine import AffineRule, SumRule
+from rconv_fast.layers.average import AverageRule
+from rconv_fast.layers.base import UnsupportedRule
+from rconv_fast.layers.conv import ConvRule
+from rconv_fast.layers.rearrange import RearrangeRule
+from rconv_fast.walk.graph import Graph, Step
 
 # Of the outputs of an activation with flat pieces (ReLU) this share is expected to be invertible, unless measured.
 EXPECTED_ALIVE = 0.5

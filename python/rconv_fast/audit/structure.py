@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.errors import require, require_type
-from rconv_fast.graph import Graph, build_graph
+from rconv_fast.walk.graph import Graph, build_graph
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
-from rconv_fast.graph import Graph, Step
 from rconv_fast.heads.logistic import separate_logistic_head
 from rconv_fast.heads.mse import separate_mse_head
 from rconv_fast.heads.peeling import peel_relu_batch
 from rconv_fast.heads.separation import HeadSeparation
 from rconv_fast.heads.softmax import separate_softmax_batch
-from rconv_fast.layers.activation import Activation
-from rconv_fast.layers.rules import ActivationRule, ConvRule
+from rconv_fast.layers.activation import Activation, ActivationRule
+from rconv_fast.layers.conv import ConvRule
 from rconv_fast.observation import Observation
+from rconv_fast.walk.graph import Graph, Step
 
 
 @dataclass(frozen=True)

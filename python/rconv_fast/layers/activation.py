@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from rconv_fast.layers.base import Operands, Rule
+from rconv_fast.layers.knowledge import Knowledge
 
 Function = Callable[[Tensor], Tensor]
 
@@ -256,3 +259,33 @@ def of_function(name: str, *args: Any, **kwargs: Any) -> Activation | None:
 def _clamp_call(min: float | None = None, max: float | None = None) -> Activation:
     """``torch.clamp``, with torch's names of its arguments."""
     return clamp("clamp", -math.inf if min is None else min, math.inf if max is None else max)
+
+
+# Below this derivative an activation is saturated: inverting it would amplify noise by more than the inverse.
+MIN_DERIVATIVE = 1e-7
+
+
+@dataclass(frozen=True)
+class ActivationRule(Rule):
+    """An element-wise monotone activation; its derivative is a function of its output."""
+
+    activation: Activation
+    needs_output: ClassVar[bool] = True
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The activation's name."""
+        return self.activation.name
+
+    def pull_gradient(self, grad: Tensor, y: Tensor | None, operand: int, shape: torch.Size) -> Tensor:
+        """``A'(o) dL/da``."""
+        assert y is not None
+        return grad * self.activation.derivative(y)
+
+    def pull_value(self, y: Knowledge, operand: int, x: Operands) -> Knowledge:
+        """``o`` where the derivative is not 0; its error is a's times ``1/A'``: the weight is ``A'``."""
+        slope = self.activation.derivative(y.value)
+        weight = torch.where(slope > MIN_DERIVATIVE, slope.clamp_max(1.0), 0.0) * y.weight
+        value = torch.where(weight > 0, self.activation.inverse(y.value), 0.0)
+        bad = ~torch.isfinite(value)
+        return Knowledge(value.masked_fill(bad, 0.0), weight.masked_fill(bad, 0.0))

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rconv_fast.graph import Graph
-from rconv_fast.layers.rules import ActivationRule, AffineRule, ConvRule
+from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.layers.affine import AffineRule
+from rconv_fast.layers.conv import ConvRule
 from rconv_fast.solve import WeightRows
+from rconv_fast.walk.graph import Graph
 
 
 def flat_rows(graph: Graph, values: Mapping[str, Tensor], name: str) -> list[WeightRows]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rconv_fast.layers import activation
 from rconv_fast.layers.activation import Activation
-from rconv_fast.layers.snap import Snapped, snap
+from rconv_fast.patterns.threshold import Snapped, snap
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23}
 KINDS = {

@@ -1,4 +1,4 @@
-"""Which rule a module, a function call or a method call gets."""
+"""Which rule a module, a function call or a method call gets; users add rules for layers of their own."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from rconv_fast.errors import require
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers import activation
-from rconv_fast.layers.rules import (
-    ActivationRule,
-    AffineRule,
-    AverageRule,
-    ConvRule,
-    RearrangeRule,
-    Rule,
-    SumRule,
-    UnsupportedRule,
-)
+from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.layers.affine import AffineRule, SumRule
+from rconv_fast.layers.average import AverageRule
+from rconv_fast.layers.base import Rule, UnsupportedRule
+from rconv_fast.layers.conv import ConvRule, Stored
+from rconv_fast.layers.rearrange import RearrangeRule
 
 GradientOf = Callable[[Tensor | None], Tensor | None]
 
@@ -66,6 +62,7 @@ AVERAGE_CALLS = {
 }
 REARRANGE_CALLS = {
     *("flatten", "view", "reshape", "permute", "transpose", "swapaxes", "movedim", "squeeze", "unsqueeze"),
+    *("chunk", "split", "tensor_split", "unbind", "select", "stack"),
     *("unflatten", "cat", "concat", "concatenate", "getitem", "narrow", "flip", "roll", "t"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
 }
@@ -83,52 +80,107 @@ WHY_NOT = {
 
 @dataclass(frozen=True)
 class Call:
-    """One layer as the graph met it: operands (example tensors), a function of them, and its gradients."""
+    """One layer as the graph met it.
+
+    Attributes
+    ----------
+    operands : sequence of Tensor
+        Example tensors of what it takes, in the working dtype.
+    forward : callable
+        A function of the operands, in their dtype.
+    gradient_of : callable
+        The gradient of a parameter, None where it was not seen.
+    dtype : torch.dtype
+        The working precision.
+    """
 
     operands: Sequence[Tensor]
     forward: Callable[..., Tensor]
     gradient_of: GradientOf
+    dtype: torch.dtype
+
+
+Builder = Callable[[Any, Call], "Rule | None"]
+
+
+_BUILDERS: dict[type[nn.Module], Builder] = {}
+
+
+def register_rule(layer: type[nn.Module], build: Builder) -> None:
+    """Teach the recursion a layer of your own.
+
+    Parameters
+    ----------
+    layer : type
+        A module class; it then counts as one layer and is not looked into.
+    build : callable
+        ``build(module, call) -> Rule``; see `rconv_fast.layers.base.Rule` for what a rule knows. None: the layer
+        leaves its input as it is. Every rule that is built is checked against autograd (`check_rule`).
+    """
+    is_layer = isinstance(layer, type) and issubclass(layer, nn.Module)
+    require(is_layer, "register_rule", "layer", "be a torch.nn.Module class", repr(layer))
+    _BUILDERS[layer] = build
+
+
+def is_registered(module: nn.Module) -> bool:
+    """Whether a module's class, or one whose forward it keeps, has a rule."""
+    return _builder_of(module) is not None
+
+
+def _builder_of(module: nn.Module) -> Builder | None:
+    for base in type(module).__mro__:
+        if base in _BUILDERS:
+            return _BUILDERS[base] if type(module).forward is base.forward else None
+    return None
 
 
 def module_rule(module: nn.Module, call: Call) -> Rule | None:
     """The rule of a module; None for one that leaves its input as it is."""
+    build = _builder_of(module)
+    return build(module, call) if build is not None else _activation_rule(module, call)
+
+
+def _activation_rule(module: nn.Module, call: Call) -> Rule:
     kind = type(module).__name__
-    match module:
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            return conv_rule(
-                kind,
-                call,
-                module.weight,
-                module.bias,
-                stride=module.stride,
-                padding=module.padding,
-                dilation=module.dilation,
-                groups=module.groups,
-            )
-        case nn.Linear():
-            return linear_rule(kind, call, module.weight, module.bias)
-        case _ if isinstance(module, BATCH_NORMS):
-            return batch_norm_rule(module, call)
-        case _ if isinstance(module, DROPOUTS):
-            if module.training and module.p > 0:
-                return UnsupportedRule(kind, "dropout in training mode, whose mask is not shared")
-            return None
-        case nn.Identity():
-            return None
-        case nn.ConstantPad1d() | nn.ConstantPad2d() | nn.ConstantPad3d() if module.value != 0:
-            return UnsupportedRule(kind, f"padding with the constant {module.value}")
-        case nn.ConstantPad1d() | nn.ConstantPad2d() | nn.ConstantPad3d():
-            return RearrangeRule.create(kind, call.forward, call.operands)
-        case nn.Upsample() if module.mode == "nearest":
-            return RearrangeRule.create(kind, call.forward, call.operands)
-        case _ if isinstance(module, REARRANGEMENTS):
-            return RearrangeRule.create(kind, call.forward, call.operands)
-        case _ if isinstance(module, AVERAGES):
-            return AverageRule(kind, call.forward)
     inverse = activation.of_module(module)
     if inverse is None and isinstance(module, activation.MONOTONE_IN_PART):
         return UnsupportedRule(kind, f"{module}, which is not monotone with these parameters")
     return ActivationRule(inverse) if inverse is not None else unsupported(kind)
+
+
+def _conv_module(module: Any, call: Call) -> Rule:
+    options = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation, "groups": module.groups}
+    return conv_rule(type(module).__name__, call, module.weight, module.bias, **options)
+
+
+def _linear_module(module: Any, call: Call) -> Rule:
+    return linear_rule(type(module).__name__, call, module.weight, module.bias)
+
+
+def _dropout_module(module: Any, call: Call) -> Rule | None:
+    if module.training and module.p > 0:
+        return UnsupportedRule(type(module).__name__, "dropout in training mode, whose mask is not shared")
+    return None
+
+
+def _rearrange_module(module: nn.Module, call: Call) -> Rule:
+    return RearrangeRule.create(type(module).__name__, call.forward, call.operands)
+
+
+def _constant_pad_module(module: Any, call: Call) -> Rule:
+    if module.value != 0:
+        return UnsupportedRule(type(module).__name__, f"padding with the constant {module.value}")
+    return _rearrange_module(module, call)
+
+
+def _upsample_module(module: Any, call: Call) -> Rule:
+    if module.mode != "nearest":
+        return unsupported(f"Upsample({module.mode})")
+    return _rearrange_module(module, call)
+
+
+def _average_module(module: nn.Module, call: Call) -> Rule:
+    return AverageRule(type(module).__name__, call.forward)
 
 
 def unsupported(kind: str) -> UnsupportedRule:
@@ -160,25 +212,21 @@ def conv_rule(
     geometry = ConvGeometry.create(
         "invert", x.shape[1], len(weight), x.shape[2:], weight.shape[2:], stride, padding, dilation, groups
     )
-    detached = bias.detach() if bias is not None else None
-    return ConvRule(kind, geometry, weight.detach(), detached, call.gradient_of(weight), call.gradient_of(bias))
+    return ConvRule(kind, geometry, _stored(call, weight, bias), call.dtype)
 
 
-def linear_rule(kind: str, call: Call, weight: Tensor, bias: Tensor | None) -> Rule:
-    """A fully connected layer is a convolution of one position."""
+def linear_rule(kind: str, call: Call, weight: Tensor, bias: Tensor | None, *, positions: int | None = None) -> Rule:
+    """A fully connected layer is a convolution of one position, or (on (B, C, positions)) of kernel 1 over several."""
     (x,) = call.operands
-    if x.ndim != 2:
+    if x.ndim != (2 if positions is None else 3):
         return UnsupportedRule(kind, f"{kind} on {x.ndim - 1} axes a sample, where only 1 is supported")
-    geometry = ConvGeometry.create("invert", x.shape[1], len(weight), (1,), (1,))
-    grad_weight = call.gradient_of(weight)
-    return ConvRule(
-        kind,
-        geometry,
-        weight.detach().unsqueeze(-1),
-        bias.detach() if bias is not None else None,
-        grad_weight.unsqueeze(-1) if grad_weight is not None else None,
-        call.gradient_of(bias),
-    )
+    geometry = ConvGeometry.create("invert", weight.shape[1], len(weight), (positions or 1,), (1,))
+    return ConvRule(kind, geometry, _stored(call, weight, bias), call.dtype)
+
+
+def _stored(call: Call, weight: Tensor, bias: Tensor | None) -> Stored:
+    gradients = call.gradient_of(weight), call.gradient_of(bias)
+    return Stored(weight.detach(), None if bias is None else bias.detach(), *gradients)
 
 
 def batch_norm_rule(module: Any, call: Call) -> Rule:
@@ -188,11 +236,13 @@ def batch_norm_rule(module: Any, call: Call) -> Rule:
         return UnsupportedRule(kind, "batch norm in training mode, whose statistics are those of the private batch")
     (x,) = call.operands
     shape = (1, -1) + (1,) * (x.ndim - 2)
-    scale = (module.running_var + module.eps).rsqrt()
-    shift = -module.running_mean * scale
+    scale = (module.running_var.to(call.dtype) + module.eps).rsqrt()
+    shift = -module.running_mean.to(call.dtype) * scale
     if module.affine:
         scale, shift = scale * module.weight, shift * module.weight + module.bias
-    return AffineRule(kind, scale.detach().reshape(shape), shift.detach().reshape(shape), call.gradient_of(module.bias))
+    grad_bias = call.gradient_of(module.bias)
+    grad_bias = None if grad_bias is None else grad_bias.to(call.dtype)
+    return AffineRule(kind, scale.detach().reshape(shape), shift.detach().reshape(shape), grad_bias)
 
 
 def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
@@ -200,7 +250,7 @@ def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[st
     if name in IDENTITY_CALLS or (name == "dropout" and not kwargs.get("training", args[2:3] == (True,))):
         return None
     if name in SUM_CALLS and len(call.operands) == 2:
-        return _sum_rule(name, kwargs)
+        return _sum_rule(name, call, kwargs)
     if name in SUM_CALLS | SCALE_CALLS and len(call.operands) == 1:
         return _affine_rule(name, call)
     if name in REARRANGE_CALLS or (name == "interpolate" and kwargs.get("mode", "nearest") == "nearest"):
@@ -233,11 +283,13 @@ def _bind(args: Sequence[Any], kwargs: Mapping[str, Any], **defaults: Any) -> di
     return {**defaults, **given, **{k: v for k, v in kwargs.items() if k in defaults}}
 
 
-def _sum_rule(name: str, kwargs: Mapping[str, Any]) -> Rule:
+def _sum_rule(name: str, call: Call, kwargs: Mapping[str, Any]) -> Rule:
     """A residual addition ``x_0 +- x_1``."""
     if kwargs.get("alpha", 1) != 1:
         return UnsupportedRule(name, "an addition with alpha")
-    return SumRule(name, (1.0, -1.0 if "sub" in name else 1.0))
+    first, second = (-1.0, 1.0) if name == "rsub" else (1.0, -1.0 if "sub" in name else 1.0)
+    a, b = call.operands
+    return SumRule(name, (first, second), (a.shape, b.shape))
 
 
 def _affine_rule(name: str, call: Call) -> Rule:
@@ -249,14 +301,16 @@ def _affine_rule(name: str, call: Call) -> Rule:
     return AffineRule(name, one - shift, shift)
 
 
-def split_padding(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The padding of a convolution module where it isn't symmetric zeros: to be done as a layer before it."""
-    if not isinstance(module, CONVOLUTIONS):
-        return None
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return None
-    amounts = list(module._reversed_padding_repeated_twice)
-    if not any(amounts):
-        return None
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return lambda x: F.pad(x, amounts, mode=mode)
+for _layers, _build in (
+    (CONVOLUTIONS, _conv_module),
+    ((nn.Linear,), _linear_module),
+    (BATCH_NORMS, batch_norm_rule),
+    (DROPOUTS, _dropout_module),
+    ((nn.Identity,), lambda module, call: None),
+    ((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), _constant_pad_module),
+    ((nn.Upsample,), _upsample_module),
+    (REARRANGEMENTS, _rearrange_module),
+    (AVERAGES, _average_module),
+):
+    for _layer in _layers:
+        register_rule(_layer, _build)

@@ -1,0 +1,459 @@
+"""The recursion of R-CONV, last layer first: each input from its layer's output, gradient and equations.
+
+One pure function of the graph, a reading of the head and a pattern. Whoever wants another answer makes another pattern.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from rconv_fast.budget import Budget
+from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.layers.affine import AffineRule
+from rconv_fast.layers.base import Rule, UnsupportedRule
+from rconv_fast.layers.conv import ConvRule
+from rconv_fast.layers.knowledge import Knowledge
+from rconv_fast.layers.rearrange import RearrangeRule
+from rconv_fast.patterns.pattern import Pattern
+from rconv_fast.patterns.threshold import THRESHOLD_FACTOR, snap
+from rconv_fast.progress import Event
+from rconv_fast.solve import PointRows, Rows, Solution, System, apply_prior, solve, solve_nonnegative
+from rconv_fast.solve.krylov import InterruptedSolve
+from rconv_fast.walk.bounds import flat_rows
+from rconv_fast.walk.graph import Graph, Step
+from rconv_fast.walk.report import LayerReport
+
+# With fewer equations an unknown than this, what x >= 0 adds is worth more than further iterations.
+SCARCE, SCARCE_ITERATIONS = 1.2, 300
+
+Progress = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a pass could not go on, why, and whether a hidden pattern is all it lacks."""
+
+    step: str
+    label: str
+    reason: str
+    hidden: bool = False
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Equations of `step` that do not fit each other, and the activation `chosen` whose thresholds shaped them."""
+
+    step: str
+    chosen: str
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass found, by step name.
+
+    Attributes
+    ----------
+    values, grads : mapping of str to Tensor
+        Recovered tensors (activations on their side of the kinks), and ``dL/d`` them.
+    raw : mapping of str to Tensor
+        Those of `values` that were put on their side of a kink, as they were solved.
+    determined : mapping of str to Tensor
+        Bool: which values the equations fix; all where left out.
+    solutions : mapping of str to Solution
+        Of the steps that were solved for.
+    reports : mapping of str to LayerReport
+        One a solved step, last layer first.
+    stop : Stop or None
+        Where it ended before the input.
+    contradiction : Contradiction or None
+        Where it ended since another threshold may do better.
+    """
+
+    values: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor]
+    raw: Mapping[str, Tensor] = field(default_factory=dict)
+    determined: Mapping[str, Tensor] = field(default_factory=dict)
+    reports: Mapping[str, LayerReport] = field(default_factory=dict)
+    stop: Stop | None = None
+    contradiction: Contradiction | None = None
+
+    def with_value(self, name: str, value: Tensor) -> Pass:
+        """The same with another value of one step."""
+        return replace(self, values={**self.values, name: value})
+
+    def known(self, names: list[str] | None = None) -> Known:
+        """What another pass may start from: these steps (all if left out), activations as they were solved."""
+        names = list(self.values) if names is None else names
+        values = {**self.values, **self.raw}
+        return Known(
+            {name: values[name] for name in names if name in values},
+            {name: self.determined[name] for name in names if name in self.determined},
+            {name: self.reports[name] for name in names if name in self.reports},
+        )
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tensors a pass need not solve for, which of their values are determined, the reports of how they were found."""
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    determined: Mapping[str, Tensor] = field(default_factory=dict)
+    reports: Mapping[str, LayerReport] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a pass may do: spacing of the gradients' values, prior for an open input, time, who is told."""
+
+    precision: float
+    prior: str | None = None
+    budget: Budget = field(default_factory=Budget)
+    progress: Progress = lambda _: None
+
+    @property
+    def bar(self) -> float:
+        """Relative residual up to which equations agree with each other."""
+        return max(1e3 * self.precision, 1e-9)
+
+
+def run_pass(
+    graph: Graph,
+    grad_logits: Tensor,
+    known: Known,
+    pattern: Pattern,
+    options: Options,
+    *,
+    until: str | None = None,
+) -> Pass:
+    """Recover what follows from ``dL/dlogits`` and the tensors `known` with it, back to the input or to a stop.
+
+    Parameters
+    ----------
+    graph : Graph
+        The model.
+    grad_logits : Tensor
+        ``dL/dlogits`` (B, n), one reading of the head.
+    known : Known
+        The head's input at least.
+    pattern : Pattern
+        The pieces that are decided; the rest is decided from the data.
+    options : Options
+        Noise, prior, budget, progress.
+    until : str, optional
+        End after this step.
+
+    Returns
+    -------
+    Pass
+        Also where Ctrl-C or the budget ended it (`stop` says so).
+
+    References
+    ----------
+    R-CONV (Eltaras et al., WISE 2024), algorithm 1.
+    """
+    return _Recursion(graph, grad_logits, known, pattern, options).run(until)
+
+
+class _Halt(Exception):
+    """The pass ends here."""
+
+    def __init__(self, stop: Stop) -> None:
+        self.stop = stop
+
+
+class _Recursion:
+    """The tables that one pass fills; nothing of it outlives the pass."""
+
+    def __init__(self, graph: Graph, grad_logits: Tensor, known: Known, pattern: Pattern, options: Options) -> None:
+        self.graph, self.pattern, self.options = graph, pattern, options
+        self.given = known
+        self.values: dict[str, Tensor] = {}
+        self.raw: dict[str, Tensor] = {}
+        self.grads = {graph.output: grad_logits.reshape(graph.steps[graph.output].shape)}
+        self.determined = dict(known.determined)
+        self.reports = dict(known.reports)
+        self.contradiction: Contradiction | None = None
+
+    def run(self, until: str | None) -> Pass:
+        stop = None
+        try:
+            for name in reversed(list(self.graph.steps)[:-1]):
+                self._settle(self.graph.steps[name])
+                if name == until or (self.contradiction is not None and until is None):
+                    break
+        except _Halt as halt:
+            stop = halt.stop
+        except KeyboardInterrupt as interrupt:
+            stop = self._interrupted(self.graph.steps[name], interrupt)
+        return Pass(self.values, self.grads, self.raw, self.determined, self.reports, stop, self.contradiction)
+
+    def _settle(self, step: Step) -> None:
+        """Find the gradient of one step's tensor, and its values where they follow."""
+        if not self.graph.consumers[step.name]:
+            return
+        if self.options.budget.spent:
+            raise _Halt(Stop(step.name, self._layer_of(step)[0], "the time limit"))
+        self.grads[step.name] = self._gradient(step)
+        known = self._given_or_known(step.name)
+        if step.name in self.given.values:
+            self.values[step.name] = self.given.values[step.name]
+        elif known is not None and known.is_full:
+            self.values[step.name] = known.value
+        elif known is not None and self._gradient_covered(step, known):
+            self.values[step.name] = torch.where(known.weight > 0, known.value, 0.0)
+            self.determined[step.name] = known.weight > 0
+        elif self._must_solve(step):
+            self._solve(step, known)
+        if step.name in self.values:
+            self._snap(step)
+
+    def _given_or_known(self, name: str) -> Knowledge | None:
+        return None if name in self.given.values else self._knowledge(name)
+
+    def _gradient_covered(self, step: Step, known: Knowledge) -> bool:
+        """Whether only values that pass no gradient are open: no layer before an activation needs them."""
+        if not isinstance(step.rule, ActivationRule):
+            return False
+        return not bool(self.grads[step.name][known.weight == 0].any())
+
+    def _must_solve(self, step: Step) -> bool:
+        """Whether to solve: for inputs of convolutions and the network's; other tensors follow from those."""
+        consumers = [self.graph.steps[name].rule for name, _ in self.graph.consumers[step.name]]
+        return step.name == self.graph.input or any(isinstance(rule, ConvRule) for rule in consumers)
+
+    def _rule(self, step: Step) -> Rule:
+        """The step's rule on the pieces that the pattern names."""
+        if not step.rule.hidden or step.name not in self.pattern.pieces:
+            return step.rule
+        return step.rule.at(self.pattern.pieces[step.name])
+
+    def _gradient(self, step: Step) -> Tensor:
+        """``dL/d(step)``: the sum over its consumers."""
+        logits = self.grads[self.graph.output]
+        total = torch.zeros(step.shape, dtype=logits.dtype, device=logits.device)
+        for name, operand in self.graph.consumers[step.name]:
+            consumer = self.graph.steps[name]
+            rule = self._rule(consumer)
+            if isinstance(rule, UnsupportedRule):
+                raise _Halt(Stop(name, consumer.label, rule.reason))
+            if name not in self.grads:
+                continue
+            y = self.values.get(name)
+            if rule.hidden or (rule.needs_output and y is None):
+                reason = f"{rule.kind}, whose output the layers behind it do not determine"
+                if y is not None:
+                    reason = f"{rule.kind}, of which no pattern was found"
+                raise _Halt(Stop(name, consumer.label, reason, hidden=rule.hidden and y is not None))
+            total = total + rule.pull_gradient(self.grads[name], y, operand, step.shape)
+        return total
+
+    def _knowledge(self, name: str) -> Knowledge | None:
+        """What is known of a step's values one by one: recovered, or following from the steps behind it."""
+        if name in self.values:
+            fixed = self.determined.get(name)
+            value = self.values[name]
+            return Knowledge.full(value) if fixed is None else Knowledge(value, fixed.to(value))
+        known: Knowledge | None = None
+        for consumer_name, operand in self.graph.consumers[name]:
+            consumer = self.graph.steps[consumer_name]
+            rule = self._rule(consumer)
+            if isinstance(rule, ConvRule | UnsupportedRule) or rule.hidden:
+                continue
+            behind = self._knowledge(consumer_name)
+            if behind is None:
+                continue
+            operands = [None if o == name else self._evaluate(o) for o in consumer.inputs]
+            pulled = rule.pull_value(behind, operand, operands)
+            if pulled is not None:
+                known = pulled if known is None else known.merge(pulled)
+        return known
+
+    def _evaluate(self, name: str) -> Tensor | None:
+        """A step's values by running the model forward from what is recovered, or None."""
+        if name in self.values:
+            return self.values[name]
+        step = self.graph.steps[name]
+        operands = [self._evaluate(o) for o in step.inputs]
+        if not operands or any(o is None for o in operands):
+            return None
+        with torch.no_grad():
+            return step.forward(*operands)
+
+    def _rows(self, step: Step) -> list[Rows]:
+        """The equations that a step's consumers have for it."""
+        rows: list[Rows] = []
+        shape = _with_positions(step.shape)
+        for name, _ in self.graph.consumers[step.name]:
+            consumer = self.graph.steps[name]
+            if name not in self.grads:
+                continue
+            rows += self._rule(consumer).rows(self.grads[name], self._knowledge(name), shape)
+            for behind_name, _ in self.graph.consumers[name]:
+                behind = self.graph.steps[behind_name]
+                if behind_name in self.grads:
+                    forward = _composed(consumer, behind, step.shape)
+                    known = self._knowledge(behind_name)
+                    through = self._rule(behind).rows_through(
+                        consumer.rule, forward, self.grads[behind_name], known, shape
+                    )
+                    rows += through
+        return rows
+
+    def _solve(self, step: Step, known: Knowledge | None) -> None:
+        """Solve a step's equations and report it."""
+        start = time.perf_counter()
+        label, kind = self._layer_of(step)
+        self.options.progress(Event(label, "solve"))
+        chosen = self._threshold_step(step) if self._all_determined() else None
+        system = self._system(step, self._rows(step), known)
+        best = self._solve_once(system, step, label)
+        contradicts = best.residual > self.options.bar and best.converged and best.rows > best.unknowns
+        if contradicts and chosen is not None:
+            self.contradiction = Contradiction(step.name, chosen.name)
+        if self.options.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
+            self.options.progress(Event(label, f"prior {self.options.prior}"))
+            best = apply_prior(system, best, self.options.prior, flat_rows(self.graph, self.values, step.name))
+        self.values[step.name] = best.x.reshape(step.shape)
+        self.determined[step.name] = best.determined.reshape(step.shape)
+        self.reports[step.name] = LayerReport(label, kind, best.evidence, time.perf_counter() - start)
+
+    def _interrupted(self, step: Step, interrupt: KeyboardInterrupt) -> Stop:
+        """Ctrl-C: the iterate of the solve that was under way is kept, as not determined."""
+        if isinstance(interrupt, InterruptedSolve):
+            self.values[step.name] = interrupt.x.reshape(step.shape)
+            self.determined[step.name] = torch.zeros(step.shape, dtype=torch.bool, device=interrupt.x.device)
+        return Stop(step.name, self._layer_of(step)[0], INTERRUPTED)
+
+    def _system(self, step: Step, rows: list[Rows], known: Knowledge | None) -> System:
+        """All equations of a step's values."""
+        shape = _with_positions(step.shape)
+        if known is not None and bool((known.weight > 0).any()):
+            rows = [*rows, PointRows.create(known.value.reshape(shape), known.weight.reshape(shape))]
+        support = step.rule.support if isinstance(step.rule, RearrangeRule) else None
+        support = None if support is None or bool(support.all()) else support.reshape(shape)
+        return System(shape, tuple(rows), support)
+
+    def _solve_once(self, system: System, step: Step, label: str) -> Solution:
+        options, bounded = self.options, never_negative(self.graph, step)
+        scarce = system.count < SCARCE * system.unknowns and bounded
+        found = solve(
+            system,
+            rtol=max(1e-15, 1e-3 * options.precision),
+            max_iterations=SCARCE_ITERATIONS if scarce else None,
+            progress=lambda i, r: options.progress(Event(label, "solve", i, None, r)),
+        )
+        settled = found.converged and (_is_fixed(step, found) or found.residual > options.bar)
+        if settled or not bounded or found.unknowns > 2 * found.rank:
+            return found  # the last: zeros cannot fix more directions than half of the values (Wendel)
+        return solve_nonnegative(
+            system,
+            found,
+            tolerance=options.bar,
+            progress=lambda i, r: options.progress(Event(label, "nonnegative", i, None, r)),
+        )
+
+    def _all_determined(self) -> bool:
+        """Whether the layers so far left nothing open: otherwise equations contradict each other for that reason."""
+        return all(bool(determined.all()) for determined in self.determined.values())
+
+    def _layer_of(self, step: Step) -> tuple[str, str]:
+        """Name and kind of the layer(s) whose input a step is."""
+        consumers = [self.graph.steps[name] for name, _ in self.graph.consumers[step.name]]
+        layers = [c for c in consumers if isinstance(c.rule, ConvRule)] or consumers
+        return " + ".join(c.label for c in layers), " + ".join(dict.fromkeys(c.rule.kind for c in layers))
+
+    def _threshold_step(self, step: Step) -> Step | None:
+        """The activation with flat pieces whose thresholds shaped a step's gradient, if they are still open."""
+        names = [name for name, _ in self.graph.consumers[step.name]]
+        while names:
+            behind = self.graph.steps[names.pop(0)]
+            if isinstance(behind.rule, ActivationRule) and behind.rule.activation.flats:
+                decided = behind.name in self.pattern.pieces or behind.name in self.pattern.thresholds
+                return None if decided else behind
+            names += [name for name, _ in self.graph.consumers[behind.name]]
+        return None
+
+    def _snap(self, step: Step) -> None:
+        """Put recovered activations on their side of the kinks."""
+        rule = step.rule
+        if not isinstance(rule, ActivationRule) or not (rule.activation.kinks or _bounded(rule)):
+            return
+        raw = self.raw[step.name] = self.values[step.name]
+        piece = self.pattern.pieces.get(step.name)
+        if piece is not None:
+            self.values[step.name] = _impose(rule, raw, piece)
+            return
+        self.values[step.name] = snap(
+            rule.activation,
+            raw,
+            self.grads[step.name],
+            self._grad_bias(step),
+            precision=self.options.precision,
+            factor=self.pattern.thresholds.get(step.name, THRESHOLD_FACTOR),
+        ).value
+
+    def _grad_bias(self, step: Step) -> Tensor | None:
+        """The known sum over ``dL/do`` of an activation's input o, if o is made by a layer with a bias."""
+        before = self.graph.steps[step.inputs[0]]
+        if len(self.graph.consumers[before.name]) > 1:
+            return None
+        if isinstance(before.rule, ConvRule | AffineRule):
+            return before.rule.grad_bias
+        return None
+
+
+# The reason of a stop by Ctrl-C.
+INTERRUPTED = "an interrupt"
+
+
+def features_of(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The recovered inputs of layers with weights, by layer name."""
+    return {
+        graph.steps[consumer].label: values[name]
+        for name in values
+        for consumer, _ in graph.consumers.get(name, [])
+        if isinstance(graph.steps[consumer].rule, ConvRule)
+    }
+
+
+def never_negative(graph: Graph, step: Step) -> bool:
+    """Whether a step's values are outputs of activations that have 0 as their low flat piece, moved about."""
+    activations = graph.activations(step.name)
+    return activations is not None and all(a.low == 0 and 0.0 in a.flats for a in activations)
+
+
+def _is_fixed(step: Step, found: Solution) -> bool:
+    """Whether the equations determine all values; of copies that a rearrangement made, one is enough."""
+    fixed = found.determined.reshape(step.shape)
+    if not isinstance(step.rule, RearrangeRule) or bool(fixed.all()):
+        return bool(fixed.all())
+    known = Knowledge(found.x.reshape(step.shape), fixed.to(found.x))
+    return all(step.rule.pull_value(known, operand, ()).is_full for operand in range(len(step.inputs)))
+
+
+def _with_positions(shape: torch.Size) -> torch.Size:
+    r"""(B, C, \*positions), also for a fully connected layer's (B, C)."""
+    return torch.Size((shape[0], shape[1], *(shape[2:] or (1,))))
+
+
+def _composed(first: Step, second: Step, shape: torch.Size) -> Callable[[Tensor], Tensor]:
+    return lambda x: second.forward(first.forward(x.reshape(shape)))
+
+
+def _bounded(rule: ActivationRule) -> bool:
+    return math.isfinite(rule.activation.low) or math.isfinite(rule.activation.high)
+
+
+def _impose(rule: ActivationRule, raw: Tensor, piece: Tensor) -> Tensor:
+    """Values on the sides that a forward pass shows."""
+    value = raw.clamp(rule.activation.low, rule.activation.high)
+    for kink in rule.activation.kinks:
+        wrong = torch.sign(value - kink) != torch.sign(piece - kink)
+        value = torch.where(wrong, piece, value)
+    return value

@@ -1,0 +1,122 @@
+"""Loops around passes: each makes another pattern, runs another pass, and keeps the better of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.patterns.pattern import Pattern
+from rconv_fast.patterns.threshold import THRESHOLD_FACTOR
+from rconv_fast.progress import Event
+from rconv_fast.walk.graph import Graph
+from rconv_fast.walk.pass_ import Known, Options, Pass, run_pass
+
+# Thresholds tried, in units of the noise, when a layer's equations contradict the first choice.
+RETRY_FACTORS = (1.0, 30.0, 0.1, 300.0)
+# Forward runs of the answer: each either halves the mismatch or is the last one.
+MAX_FORWARD_RUNS = 6
+# An answer this far off shows activations of something else.
+HOPELESS = 0.5
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pass, the pattern it was made with, and how far its answer is from what was seen (inf without an answer)."""
+
+    passed: Pass
+    pattern: Pattern
+    mismatch: float
+
+
+def passes(graph: Graph, grad_logits: Tensor, known: Known, pattern: Pattern, options: Options) -> tuple[Pass, Pattern]:
+    """One pass to its end: where equations contradict, thresholds are tried again."""
+    passed = run_pass(graph, grad_logits, known, pattern, options)
+    while passed.contradiction is not None and passed.stop is None:
+        passed, pattern = _other_thresholds(graph, grad_logits, pattern, options, passed)
+        passed = run_pass(graph, grad_logits, passed.known(), pattern, options)
+    return passed, pattern
+
+
+def _other_thresholds(
+    graph: Graph, grad_logits: Tensor, pattern: Pattern, options: Options, passed: Pass
+) -> tuple[Pass, Pattern]:
+    """Other thresholds at one activation, the steps before it solved again; the smallest residual wins."""
+    assert passed.contradiction is not None
+    step, chosen = passed.contradiction.step, passed.contradiction.chosen
+    names = list(graph.steps)
+    behind = passed.known(names[names.index(chosen) :])
+    best, best_pattern = passed, pattern.with_threshold(chosen, pattern.thresholds.get(chosen, THRESHOLD_FACTOR))
+    for factor in RETRY_FACTORS:
+        options.progress(
+            Event(passed.reports[step].name, f"retry with another threshold at {graph.steps[chosen].label}")
+        )
+        trial = pattern.with_threshold(chosen, factor)
+        other = run_pass(graph, grad_logits, behind, trial, options, until=step)
+        if other.stop is None and other.reports[step].residual < best.reports[step].residual / 2:
+            best, best_pattern = other, trial
+        if best.reports[step].residual <= options.bar:
+            break
+    return replace(best, contradiction=None), best_pattern
+
+
+def forward_pieces(graph: Graph, inputs: Tensor) -> dict[str, Tensor]:
+    """The output of every activation when the model is run on `inputs`."""
+    return {
+        name: value
+        for name, value in graph.forward(inputs).items()
+        if isinstance(graph.steps[name].rule, ActivationRule)
+    }
+
+
+def recover(
+    graph: Graph,
+    grad_logits: Tensor,
+    known: Known,
+    options: Options,
+    mismatch: Callable[[Tensor], float],
+    bar: float,
+) -> Found:
+    """The recursion from one reading of the head; further passes where the forward run corrects the last.
+
+    Parameters
+    ----------
+    mismatch : callable
+        How far a candidate input is from what was seen.
+    bar : float
+        The mismatch at which an answer is good.
+    """
+    passed, pattern = passes(graph, grad_logits, known, Pattern(), options)
+    best = Found(passed, pattern, _mismatch_of(graph, passed, mismatch))
+    for _ in range(MAX_FORWARD_RUNS):
+        if best.mismatch <= bar or best.mismatch > HOPELESS or options.budget.spent or only_input_open(graph, passed):
+            break
+        options.progress(Event("input", "pass with the activations of the forward run", residual=best.mismatch))
+        pieces = forward_pieces(graph, best.passed.values[graph.input])
+        trial = Pattern(origin="forward run").with_pieces(pieces)
+        passed, trial = passes(graph, grad_logits, known, trial, options)
+        other = Found(passed, trial, _mismatch_of(graph, passed, mismatch))
+        if not other.mismatch < best.mismatch:
+            break
+        stalled = other.mismatch > best.mismatch / 2
+        best = other
+        if stalled:
+            break
+    return best
+
+
+def _mismatch_of(graph: Graph, passed: Pass, mismatch: Callable[[Tensor], float]) -> float:
+    return mismatch(passed.values[graph.input]) if graph.input in passed.values else float("inf")
+
+
+# Equations that fit worse than this were built from a wrong gradient or activation.
+CONTRADICTION = 1e-3
+
+
+def only_input_open(graph: Graph, passed: Pass) -> bool:
+    """Everything but the network's input is determined: a forward run of it teaches nothing new."""
+    fixed = {name: bool(determined.all()) for name, determined in passed.determined.items()}
+    consistent = all(report.residual <= CONTRADICTION for report in passed.reports.values())
+    return not fixed.pop(graph.input, True) and all(fixed.values()) and consistent
