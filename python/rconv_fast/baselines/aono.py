@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from rconv_fast.baselines.chain import SHAPES_ONLY, chain_of
 from rconv_fast.baselines.labels import label_of_one, last_layer
 from rconv_fast.baselines.problem import Options, Problem, posed
-from rconv_fast.verdict import Inversion, LayerReport
+from rconv_fast.solve import Evidence
+from rconv_fast.verdict import Inversion
+from rconv_fast.walk.report import LayerReport
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,7 +80,8 @@ def _quotient(name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, LayerRep
     x = weight.T @ bias / bias.square().sum()
     residual = float((weight - bias[:, None] * x).norm() / weight.norm()) if bool(weight.any()) else 0.0
     seconds = time.perf_counter() - start
-    return x, LayerReport(name, "Linear", weight.numel(), len(x), len(x), 1.0, residual, "division", "none", seconds)
+    evidence = Evidence(len(x), len(x), weight.numel(), residual, 1.0, "division", "none")
+    return x, LayerReport(name, "Linear", evidence, seconds)
 
 
 def _answer(problem: Problem, x: Tensor, name: str, report: LayerReport) -> Inversion:

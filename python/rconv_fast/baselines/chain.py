@@ -15,7 +15,8 @@ from rconv_fast.baselines.problem import Problem
 from rconv_fast.layers.activation import of_module
 from rconv_fast.progress import Event
 from rconv_fast.recover import ConvRecovery, recover_conv_input
-from rconv_fast.verdict import LayerReport
+from rconv_fast.solve import Evidence
+from rconv_fast.walk.report import LayerReport
 
 # An output this near a flat part of its activation, relative to the largest, is on it: the solves before it round.
 FLAT = 1e-9
@@ -179,9 +180,8 @@ def _linear(link: Link, behind: Known, seen: Mapping[str, Tensor], reached: Reac
         return None, "the gradient behind it is zero"
     x = dw.T @ k / k.square().sum()
     residual = float((dw - k[:, None] * x).norm() / dw.norm())
-    report = LayerReport(
-        link.name, "Linear", dw.numel(), len(x), len(x), 1.0, residual, "division", "none", time.perf_counter() - start
-    )
+    evidence = Evidence(len(x), len(x), dw.numel(), residual, 1.0, "division", "none")
+    report = LayerReport(link.name, "Linear", evidence, time.perf_counter() - start)
     reached.layers.append(report)
     reached.features[link.name] = x.reshape(link.in_shape)
     return Known((link.module.weight.detach().T @ k).reshape(link.in_shape), x.reshape(link.in_shape)), ""
@@ -215,19 +215,7 @@ def _convolution(link: Link, behind: Known, seen: Mapping[str, Tensor], reached:
         dtype=weight.dtype,
         **sizes,
     )
-    report = LayerReport(
-        link.name,
-        "Conv2d",
-        found.rows,
-        found.unknowns,
-        found.rank,
-        found.condition,
-        found.residual,
-        found.solver,
-        "none",
-        time.perf_counter() - start,
-        found.iterations,
-    )
+    report = LayerReport(link.name, "Conv2d", found.evidence, time.perf_counter() - start)
     reached.layers.append(report)
     reached.features[link.name] = found.input
     gradient = conv2d_input(link.in_shape, weight, behind.gradient, **sizes)

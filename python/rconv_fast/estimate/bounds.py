@@ -14,9 +14,9 @@ from rconv_fast.estimate.fisher import dense_fisher, has_structure
 from rconv_fast.estimate.gauss_newton import conjugate_gradients
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
 from rconv_fast.estimate.noise_model import noise_of
-from rconv_fast.graph import Graph, build_graph
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Noise
+from rconv_fast.walk.graph import Graph, build_graph
 
 # The information matrix is formed and inverted up to this many input values (3072: 32 x 32 x 3).
 DENSE_UP_TO = 3072

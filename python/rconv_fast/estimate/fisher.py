@@ -26,10 +26,12 @@ from rconv_fast.constraints.ops import weight_constraints
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
 from rconv_fast.estimate.pieces import is_piecewise_linear
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.graph import Graph, Step
-from rconv_fast.layers.rules import ActivationRule, ConvRule, UnsupportedRule
+from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.layers.base import UnsupportedRule
+from rconv_fast.layers.conv import ConvRule
 from rconv_fast.memory import available_bytes
 from rconv_fast.solve.phases.gram import input_gram, phase_places, phase_rows, tap_windows
+from rconv_fast.walk.graph import Graph, Step
 
 # Products with J done at once where J itself is formed, and the size of the parts in which Y^T Y is summed.
 TOGETHER, PANEL = 64, 2048

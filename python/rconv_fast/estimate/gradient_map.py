@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.graph import Graph
 from rconv_fast.losses import Loss
+from rconv_fast.walk.graph import Graph
 
 Parts = list[Tensor]
 Piece = Callable[[Tensor], Tensor]

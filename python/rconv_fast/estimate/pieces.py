@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rconv_fast.graph import Graph, Step
-from rconv_fast.layers.activation import Activation
-from rconv_fast.layers.rules import ActivationRule
+from rconv_fast.layers.activation import Activation, ActivationRule
+from rconv_fast.walk.graph import Graph, Step
 
 # Activations that are linear between their kinks.
 _PIECEWISE_LINEAR = {"Identity", "ReLU", "ReLU6", "Hardtanh", "clamp", "LeakyReLU", "PReLU", "Hardsigmoid"}
