@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rconv_fast.budget import Budget
 from rconv_fast.errors import InterruptedInversionError, UnsupportedModelError, require, require_type
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
-from rconv_fast.heads.separation import rounding_of
+from rconv_fast.heads.head import rounding_of
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Observation, SharedGradients
 from rconv_fast.polish import polish

@@ -57,6 +57,33 @@ class Loss:
         """Targets in the dtype and shape that torch's function takes."""
         return targets if self.takes_labels else targets.to(outputs).reshape(outputs.shape)
 
+    def class_targets(self, labels: Tensor, n_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What samples with these labels are pulled to: a distribution t (m, n), and the weight v (m,) of the pull.
+
+        One sample's loss has the gradient ``v (softmax - t)`` by its logits: with class weights w and smoothing e,
+        ``v t = (1 - e) w_y e_y + (e / n) w`` and v is the sum of that.
+        """
+        w = self._weights(n_classes, dtype, labels.device)
+        smoothing = self.label_smoothing if self.name == "cross_entropy" else 0.0
+        pull = (smoothing / n_classes * w).repeat(len(labels), 1)
+        pull.scatter_add_(1, labels[:, None], ((1 - smoothing) * w[labels])[:, None])
+        v = pull.sum(1)
+        return pull / v[:, None], v
+
+    def total_weight(self, labels: Tensor, n_classes: int) -> float:
+        """What the sum over a batch with these labels is divided by."""
+        if self.reduction == "sum":
+            return 1.0
+        return float(self._weights(n_classes, torch.float64, labels.device)[labels].sum())
+
+    def _weights(self, n_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.class_weights is None:
+            return torch.ones(n_classes, dtype=dtype, device=device)
+        weights = torch.as_tensor(self.class_weights).to(device=device, dtype=dtype).reshape(-1)
+        fits = len(weights) == n_classes and bool((weights > 0).all())
+        require(fits, "invert", "class_weights", f"be {n_classes} positive numbers", weights.tolist())
+        return weights
+
     @property
     def _function(self) -> Callable[[Tensor, Tensor], Tensor]:
         weights = self.class_weights

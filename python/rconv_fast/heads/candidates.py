@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
-from rconv_fast.heads.logistic import separate_logistic_head
-from rconv_fast.heads.mse import separate_mse_head
+from rconv_fast.heads.counts import label_counts
+from rconv_fast.heads.head import Head
+from rconv_fast.heads.logistic import logistic_readings
+from rconv_fast.heads.mse import mse_readings
 from rconv_fast.heads.peeling import peel_relu_batch
 from rconv_fast.heads.separation import HeadSeparation
-from rconv_fast.heads.softmax import separate_softmax_batch
+from rconv_fast.heads.softmax import checked_labels, separate
 from rconv_fast.layers.activation import Activation, ActivationRule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.observation import Observation
@@ -115,16 +117,35 @@ def head_candidates(
         return HeadOutcome(stops_at=step.label, reason=reason)
     if rule.grad_weight is None:
         return HeadOutcome(stops_at=step.label, reason="a last layer without gradient")
-    head = (rule.grad_weight.squeeze(-1), rule.grad_bias, rule.weight.squeeze(-1), rule.bias)
-    loss = observation.loss
-    if loss.takes_labels:
-        return _softmax_outcome(graph, head, observation, batch_size, labels, budget)
-    if loss.name == "mse":
-        targets = None if labels is None else torch.as_tensor(labels).to(head[2]).reshape(-1, len(head[2]))
-        readings = separate_mse_head(*head, targets=targets, reduction=loss.reduction, budget=budget)
-    else:
-        readings = separate_logistic_head(*head, reduction=loss.reduction)
-    return _reading_outcome(graph, step, readings, batch_size)
+    head = Head.create(
+        rule.grad_weight.squeeze(-1), rule.grad_bias, rule.weight.squeeze(-1), rule.bias, observation.loss,
+        rounding=2 * observation.rounding,
+        sigma=_noise_of(observation, rule.grad_weight, rule.grad_bias),
+        scale=observation.scale,
+        budget=budget,
+    )  # fmt: skip
+    if not bool(head.grad_weight.any()):
+        return HeadOutcome((), batch_size, None, step.label, "a last layer whose gradient is zero")
+    if observation.loss.takes_labels:
+        return _softmax_outcome(graph, head, rule.weight.dtype, batch_size, labels)
+    targets = None if labels is None else torch.as_tensor(labels).to(head.weight).reshape(-1, head.n_classes)
+    readings = mse_readings(head, targets) if observation.loss.name == "mse" else logistic_readings(head)
+    return _reading_outcome(graph, step, [r.to(rule.weight.dtype) for r in readings], batch_size)
+
+
+def _noise_of(
+    observation: Observation, grad_weight: Tensor, grad_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None] | None:
+    """The stated noise of the layer's gradients, found by the memory that they share with the observation's."""
+    found: dict[int, Tensor] = {}
+    for name, seen in observation.gradients.items():
+        if name in observation.noise:
+            found[seen.data_ptr()] = observation.sigma(name).expand_as(seen)
+    weight = found.get(grad_weight.data_ptr())
+    if weight is None:
+        return None
+    bias = None if grad_bias is None else found.get(grad_bias.data_ptr())
+    return weight.reshape(len(grad_weight), -1), bias
 
 
 def _reading_outcome(
@@ -138,10 +159,10 @@ def _reading_outcome(
         reason = f"a gradient that {readings[0].batch_size} sample explains, where batch_size says {batch_size}"
         return HeadOutcome((), batch_size, None, step.label, reason)
     activations = graph.activations(step.inputs[0])
-    possible = [r for r in agreeing if activations is None or _in_range(r.inputs, activations)]
-    candidates = tuple(_candidate({step.inputs[0]: r.inputs}, r) for r in possible or agreeing)
-    reason = "" if any(c.complete for c in candidates) else "no equation of the head is left over to prove a reading"
-    return HeadOutcome(candidates, agreeing[0].batch_size, None, step.label if reason else "", reason)
+    possible = [r for r in agreeing if activations is None or _in_range(r.inputs, activations)] or agreeing
+    candidates = tuple(_candidate({step.inputs[0]: r.inputs}, r) for r in possible)
+    reason = "" if any(c.complete for c in candidates) else possible[0].reason
+    return HeadOutcome(candidates, possible[0].batch_size, None, step.label if reason else "", reason)
 
 
 def _in_range(x: Tensor, activations: Sequence[Activation]) -> bool:
@@ -149,9 +170,6 @@ def _in_range(x: Tensor, activations: Sequence[Activation]) -> bool:
     low, high = min(a.low for a in activations), max(a.high for a in activations)
     slack = 1e-3 * float(x.abs().max())
     return low - slack <= float(x.min()) and float(x.max()) <= high + slack
-
-
-Head = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def _candidate(values: Mapping[str, Tensor], found: HeadSeparation, notes: Sequence[str] = ()) -> HeadCandidate:
@@ -172,45 +190,37 @@ def _candidate(values: Mapping[str, Tensor], found: HeadSeparation, notes: Seque
 
 
 def _softmax_outcome(
-    graph: Graph,
-    head: Head,
-    observation: Observation,
-    batch_size: int | None,
-    labels: Sequence[int] | Tensor | None,
-    budget: Budget,
+    graph: Graph, head: Head, dtype: torch.dtype, batch_size: int | None, labels: Sequence[int] | Tensor | None
 ) -> HeadOutcome:
     """The samples of a batch: from the head, or from a stack of ReLU layers where the head mixes too many."""
-    step, stack, loss = graph.steps[graph.output], _relu_stack(graph), observation.loss
-    limit = budget.left
-    found = separate_softmax_batch(
-        *head,
-        batch_size=batch_size,
-        labels=labels,
-        label_smoothing=loss.label_smoothing,
-        reduction=loss.reduction,
-        time_limit=limit,
-    )
+    step, stack = graph.steps[graph.output], _relu_stack(graph)
+    given = checked_labels("invert", labels, head.n_classes, batch_size, head.weight.device)
+    found = separate(head, batch_size, given).to(dtype)
     values, notes = {step.inputs[0]: found.inputs}, [found.reason] if found.reason else []
-    if not found.complete and stack is not None:
+    loss = head.loss
+    plain = loss.label_smoothing == 0 and loss.class_weights is None and head.scale == 1 and not head.noisy
+    if not found.complete and stack is not None and plain:
         peeled = peel_relu_batch(
-            stack.layers, stack.gradients, batch_size=batch_size, reduction=loss.reduction, time_limit=budget.left
-        )
+            stack.layers, stack.gradients,
+            batch_size=batch_size, reduction=head.loss.reduction, time_limit=head.budget.left,
+        )  # fmt: skip
         if len(peeled.inputs) > int(found.multiplicities.sum()):
             found, values = peeled, _stack_values(graph, stack, peeled)
             notes = [f"the batch was taken apart in {stack.steps[1].label}, as the head alone mixes too many samples"]
             notes += [peeled.reason] if peeled.reason else []
+    size = batch_size or (found.batch_size if found.complete else None)
+    if found.complete:
+        counts: Tensor | None = torch.bincount(
+            found.labels.repeat_interleave(found.multiplicities), minlength=head.n_classes
+        )
+    else:
+        counts = None if size is None else label_counts(head, size)
+    where = "" if found.complete else step.label
     if not len(found.inputs):
-        return HeadOutcome((), batch_size, None, step.label, found.reason)
+        return HeadOutcome((), size, counts, where, found.reason)
     if len(found.duplicates):
         notes.append(f"{len(found.duplicates)} sample(s) occur more than once and cannot be told apart")
-    counts = torch.bincount(found.labels.repeat_interleave(found.multiplicities), minlength=len(head[2]))
-    return HeadOutcome(
-        (_candidate(values, found, notes),),
-        found.batch_size,
-        counts if found.complete else None,
-        "" if found.complete else step.label,
-        found.reason,
-    )
+    return HeadOutcome((_candidate(values, found, notes),), size, counts, where, found.reason)
 
 
 @dataclass(frozen=True)

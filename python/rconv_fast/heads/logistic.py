@@ -1,4 +1,4 @@
-"""The logistic head, of one or several logits: one sample from its gradient.
+"""The logistic head, of one or several logits: every reading of its gradient as that of one sample.
 
 ``dW = delta x^T``, ``db = delta``. With a bias ``delta`` is known; without one, ``x = p v`` and ``delta = u / p`` leave
 one number p, and the loss gives the equation for it.
@@ -6,106 +6,108 @@ one number p, and the loss gives the equation for it.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from rconv_fast.heads.separation import HeadSeparation, check_head, rounding_of
+from rconv_fast.heads.head import Head
+from rconv_fast.heads.search import SAFETY, STATED_SAFETY
+from rconv_fast.heads.separation import HeadSeparation
 
-# A residual is accepted up to this factor above the rounding of the gradients.
-_SAFETY = 1e3
+# Roots of p are bisected, and searched on a grid, to so much more than the rounding of the gradients.
+_BISECTIONS = 200
 # Points per sign of the search for p where several logits share one sample.
 _GRID = 4096
-_BISECTIONS = 200
 
 
-def separate_logistic_head(
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    reduction: str = "mean",
-) -> list[HeadSeparation]:
-    """Recover one sample from a head trained with ``binary_cross_entropy_with_logits``.
+def logistic_readings(head: Head) -> list[HeadSeparation]:
+    """One sample from a head trained with ``binary_cross_entropy_with_logits``.
 
-    With ``w = 1/n`` (mean over the n logits) or 1 (sum), ``delta = w (sigmoid(W x + c) - y)``. With a bias,
-    ``delta = db`` and ``x = dW^T db / |db|^2``, and ``y = sigmoid(W x + c) - delta / w`` must be 0 or 1. One logit
-    without a bias: ``u = W x`` solves ``W . dW = w u (sigmoid(u + c) - y)``, at most two roots for each y. Several
-    logits without a bias: ``x = p v``, ``delta = sigma u / p``, and p is searched.
+    With ``w = s / n`` (mean over the n logits) or s (sum) and the scale s, ``delta = w (sigmoid(W x + c) - y)``. With
+    a bias, ``delta = db`` and ``x = dW^T db / |db|^2``, and ``y = sigmoid(W x + c) - delta / w`` must be 0 or 1. One
+    logit without a bias: ``u = W x`` solves ``W . dW = w u (sigmoid(u + c) - y)``, at most two roots for each y.
+    Several logits without a bias: p is searched.
 
     Parameters
     ----------
-    grad_weight : Tensor, shape (n, d)
-        Gradient of the head's weight.
-    grad_bias : Tensor, shape (n,), or None
-        Gradient of its bias; None for a head without one.
-    weight, bias : Tensor
-        The head's parameters; `bias` may be None, or a constant when `grad_bias` is None.
-    reduction : {"mean", "sum"}
-        Of the loss.
+    head : Head
+        The last layer.
 
     Returns
     -------
     list of HeadSeparation
         With a bias one reading, or none if the gradient is not that of one sample with a label of 0 or 1. Without a
         bias up to four for one logit: try each, the gradient match of the whole model decides. ``labels`` are the
-        targets (1, n). In the dtype of `grad_weight`.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        If a shape, type or value is wrong or the gradient is zero.
+        targets (1, n).
 
     Notes
     -----
-    Without bias and offset, ``(x, y)`` and ``(-x, 1 - y)`` have the same gradient: both are returned.
+    Without bias and offset, ``(x, y)`` and ``(-x, 1 - y)`` have the same gradient: both are returned. One logit without
+    a bias has no equation left over: almost every batch has such a reading. An unknown scale takes one more.
 
     References
     ----------
     R-GAP (Zhu and Blaschko, ICLR 2021), section 3: the scalar equation of a logistic head.
     """
-    function = "separate_logistic_head"
-    check_head(function, grad_weight, grad_bias, weight, bias, reduction)
-    n = grad_weight.shape[0]
-    w = 1.0 / n if reduction == "mean" else 1.0
-    dw, wt = grad_weight.detach().double(), weight.detach().double()
-    c = wt.new_zeros(n) if bias is None else bias.detach().double()
-    tolerance = _SAFETY * rounding_of(grad_weight, grad_bias)
-    if grad_bias is not None:
-        delta = grad_bias.detach().double()
-        readings = [_logistic_reading(dw, dw.mT @ delta / (delta @ delta), delta, wt, c, w)]
+    n, dw, wt = head.n_classes, head.grad_weight, head.weight
+    w = 1.0 / n if head.loss.reduction == "mean" else 1.0
+    w = w if head.scale is None else w * head.scale
+    if head.grad_bias is not None:
+        readings = [_reading(head, dw.mT @ head.grad_bias / head.grad_bias.square().sum(), head.grad_bias, w)]
+    elif head.scale is None:
+        return []
     elif n == 1:
         readings = [
-            _logistic_reading(dw, dw[0] / delta, delta[None], wt, c, w)
-            for delta in _logistic_deltas((wt * dw).sum() / w, c[0], w)
+            _reading(head, dw[0] / delta, delta[None], w)
+            for delta in _deltas_of_one_logit((wt * dw).sum() / w, head.bias[0], w)
         ]
     else:
         u, s, vh = torch.linalg.svd(dw, full_matrices=False)
         readings = [
-            _logistic_reading(dw, p * s[0] * vh[0], u[:, 0] / p, wt, c, w)
-            for p in _logistic_scales(u[:, 0] / w, s[0] * (wt @ vh[0]), c)
+            _reading(head, p * s[0] * vh[0], u[:, 0] / p, w)
+            for p in _scales(u[:, 0] / w, s[0] * (wt @ vh[0]), head.bias)
         ]
-    limits = [tolerance * max(1.0, float(w / r.grad_logits.abs().max())) for r in readings]
-    good = [r for r, limit in zip(readings, limits, strict=True) if float(r.residuals[0]) <= limit]
-    spare = n if grad_bias is not None else n - 1  # every logit says 0 or 1; without a bias one of them gives p
-    return [replace(r, spare=spare, complete=spare > 0).to(grad_weight.dtype) for r in good]
+    return [r for r in readings if r is not None]
 
 
-def _logistic_reading(
-    grad_weight: Tensor, x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, w: float
-) -> HeadSeparation:
-    sigmoid = torch.sigmoid(weight @ x + bias)
+def _reading(head: Head, x: Tensor, delta: Tensor, w: float) -> HeadSeparation | None:
+    """The sample with the labels nearest to its equations; None where they contradict it."""
+    logits = head.logits(x)
+    sigmoid = torch.sigmoid(logits)
     labels = (sigmoid - delta / w).round().clamp(0, 1)
-    gap = (w * (sigmoid - labels) - delta).norm() / delta.norm()
-    mixed = (grad_weight - torch.outer(delta, x)).norm() / grad_weight.norm()
+    scale = 1.0 if head.scale is None else head.scale
+    if head.scale is None:  # delta < 0 exactly where y = 1
+        labels = (delta < 0).to(delta)
+        pull = sigmoid - labels
+        scale = float(pull @ delta / (pull @ pull)) / w
+        w = w * scale
+    gap = w * (sigmoid - labels) - delta
+    mixed = (head.grad_weight - torch.outer(delta, x)).norm()
+    # the client's sigmoid is rounded relatively, and absolutely where 1 was subtracted
+    unit = head.rounding * (abs(w) * (sigmoid * (1 + logits.abs().max()) + labels) + delta.abs())
+    rounded = head.rounding * head.grad_weight.norm()
+    safety = SAFETY
+    if head.sigma_weight is not None:
+        sigma = head.sigma_weight.square().mean().sqrt()
+        slope = abs(w) * sigmoid * (1 - sigmoid) * head.weight.norm(dim=1)
+        unit = unit + sigma * slope / delta.norm() + (0.0 if head.sigma_bias is None else head.sigma_bias)
+        rounded = rounded + sigma * head.grad_weight.numel() ** 0.5
+        safety = STATED_SAFETY
+    if not bool((gap.abs() <= safety * unit).all() & (mixed <= safety * rounded)):
+        return None
+    # every logit says 0 or 1; without a bias one of them gives p, an unknown scale takes another
+    spare = head.n_classes - (not head.has_bias) - (head.scale is None)
+    residual = torch.maximum(gap.norm() / delta.norm(), mixed / head.grad_weight.norm())[None]
     one = torch.ones(1, dtype=torch.int64, device=x.device)
-    residual = torch.maximum(gap, mixed)[None]
-    return HeadSeparation(x[None], labels[None], delta[None], residual, 1, one, False, float(mixed), 1)
+    reason = "" if spare > 0 else "no equation of the head is left over to prove this reading"
+    return HeadSeparation(
+        x[None], labels[None], delta[None], residual, 1, one, spare > 0,
+        head.mismatch(x[None], delta[None]), 1, reason, spare=spare, scale=scale,
+    )  # fmt: skip
 
 
-def _logistic_deltas(product: Tensor, offset: Tensor, w: float) -> list[Tensor]:
+def _deltas_of_one_logit(product: Tensor, offset: Tensor, w: float) -> list[Tensor]:
     """All ``delta`` of one logit: ``u sigmoid(u + c) = a`` for y = 0, and with ``u -> -u, c -> -c`` for y = 1."""
     deltas = [w * torch.sigmoid(u + offset) for u in _roots_of_u_sigmoid(product, offset)]
     return deltas + [-w * torch.sigmoid(v - offset) for v in _roots_of_u_sigmoid(product, -offset)]
@@ -132,15 +134,15 @@ def _roots_of_u_sigmoid(value: Tensor, offset: Tensor) -> list[Tensor]:
     return roots
 
 
-def _bisect(rising: object, low: Tensor, high: Tensor, value: Tensor) -> Tensor:
+def _bisect(rising: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, value: Tensor) -> Tensor:
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        below = rising(middle) < value  # type: ignore[operator]
+        below = rising(middle) < value
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (low + high) / 2
 
 
-def _logistic_scales(u: Tensor, slope: Tensor, offset: Tensor) -> list[Tensor]:
+def _scales(u: Tensor, slope: Tensor, offset: Tensor) -> list[Tensor]:
     """Scales p for which ``sigmoid(p slope + c) - u / p`` is 0 or 1 in every logit, polished by Gauss-Newton."""
     reach = 40.0 / slope.abs().max()
     smallest = u.abs().max() * 0.5  # |delta / w| <= 1 < 2

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rconv_fast.budget import Budget
-from rconv_fast.errors import require
+from rconv_fast.heads.head import Head
 from rconv_fast.heads.levenberg_marquardt import State, damped_step, minimise
-from rconv_fast.heads.separation import HeadSeparation, check_head, rounding_of
+from rconv_fast.heads.search import STATED_SAFETY
+from rconv_fast.heads.separation import HeadSeparation
 
 # A residual is accepted up to this factor above the rounding of the gradients.
 _SAFETY = 1e3
@@ -19,122 +19,98 @@ _STARTS = 24
 _ITERATIONS = 80
 
 
-def separate_mse_head(
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    targets: Tensor | None = None,
-    reduction: str = "mean",
-    seed: int = 0,
-    budget: Budget = Budget(),  # noqa: B008 (frozen)
-) -> list[HeadSeparation]:
-    """Recover the batch of a regression head trained with the squared error.
+def mse_readings(head: Head, targets: Tensor | None = None, seed: int = 0) -> list[HeadSeparation]:
+    """The batch of a regression head trained with the squared error.
 
-    ``delta_b = w (W x_b + c - t_b)`` with ``w = 2 / (B n)`` (mean over all elements) or 2 (sum). One sample with a
-    bias: ``delta = db``, ``x = dW^T db / |db|^2``, and the target ``t = W x + c - delta / w`` comes out too. Given
-    targets: ``x_b = V S p_b`` and ``sum_b delta_b p_b^T = U``, solved for all ``p_b`` by Levenberg-Marquardt.
+    ``delta_b = w (W x_b + c - t_b)`` with ``w = 2 s / (B n)`` (mean over all elements) or 2 s (sum) and the scale s.
+    One sample with a bias: ``delta = db``, ``x = dW^T db / |db|^2``, and the target ``t = W x + c - delta / w`` comes
+    out too. Given targets: ``x_b = V S p_b`` and ``sum_b delta_b p_b^T = U``, solved for all ``p_b``.
 
     Parameters
     ----------
-    grad_weight : Tensor, shape (n, d)
-        Gradient of the head's weight.
-    grad_bias : Tensor, shape (n,), or None
-        Gradient of its bias.
-    weight, bias : Tensor
-        The head's parameters; `bias` may be None.
+    head : Head
+        The last layer.
     targets : Tensor, shape (B, n), optional
         The targets, if they are known: needed without a bias, and for more than one sample.
-    reduction : {"mean", "sum"}
-        Of the loss.
     seed : int
-        Seed of the starting points.
-    budget : Budget
-        When it is over, the search from further starts ends.
+        Of the starting points.
 
     Returns
     -------
     list of HeadSeparation
-        Readings that satisfy all equations; empty when none was found. The rows follow the given targets.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        If a shape, type or value is wrong; if there is neither a bias gradient nor targets (then x is determined
-        up to a factor only); if the batch is larger than n.
+        Readings that satisfy all equations; empty when none was found. The rows follow the given targets, which are
+        ``labels``.
 
     Notes
     -----
-    Without targets, a batch of several samples passes for one only if its gradient has rank 1; else the list is empty.
-    The reading of one sample without targets has no equation left over: ``residual`` is the distance to rank 1.
+    Without targets, a batch of several samples passes for one only if its gradient has rank 1: always where there is
+    one output, whose reading leaves no equation over. An unknown scale makes the target unknown up to a factor.
     """
-    function = "separate_mse_head"
-    check_head(function, grad_weight, grad_bias, weight, bias, reduction)
-    n = grad_weight.shape[0]
-    dw, wt = grad_weight.detach().double(), weight.detach().double()
-    c = wt.new_zeros(n) if bias is None else bias.detach().double()
-    tolerance = _SAFETY * rounding_of(grad_weight, grad_bias)
+    scale = 1.0 if head.scale is None else head.scale
     if targets is None:
-        got = "neither: the input is determined up to a factor only"
-        require(grad_bias is not None, function, "targets", "be given where there is no bias gradient", got)
-        assert grad_bias is not None
-        delta = grad_bias.detach().double()
-        require(bool(delta.any()), function, "grad_bias", "not be zero", "a zero gradient")
-        x = dw.mT @ delta / (delta @ delta)
-        mixed = float((dw - torch.outer(delta, x)).norm() / dw.norm())
-        w = 2.0 / n if reduction == "mean" else 2.0
-        reading = _reading(x[None], (wt @ x + c - delta / w)[None], delta[None], mixed, spare=n - 1)
-        return [reading.to(grad_weight.dtype)] if mixed <= tolerance else []
-    t = targets.detach().to(dw).reshape(-1, n)
-    b = t.shape[0]
-    require(1 <= b <= n, function, "targets", f"hold 1 to {n} samples", b)
-    w = 2.0 / (b * n) if reduction == "mean" else 2.0
-    db = None if grad_bias is None else grad_bias.detach().double()
-    found = _solve_mse(dw, db, wt, c, t, w, torch.Generator().manual_seed(seed), budget)
-    return [r.to(grad_weight.dtype) for r in found if r.head_residual <= tolerance]
+        return _one_sample(head, scale)
+    if head.scale is None or not 1 <= len(targets) <= head.n_classes:
+        return []
+    w = scale * (2.0 / targets.numel() if head.loss.reduction == "mean" else 2.0)
+    tolerance = _tolerance(head)
+    found = _solve(head, targets.to(head.weight), w, torch.Generator().manual_seed(seed))
+    return [r for r in found if r.head_residual <= tolerance]
+
+
+def _tolerance(head: Head) -> float:
+    """Relative mismatch that the noise explains."""
+    if head.sigma_weight is None:
+        return _SAFETY * head.rounding
+    return STATED_SAFETY * float(head.sigma_weight.square().mean().sqrt() / head.grad_weight.square().mean().sqrt())
+
+
+def _one_sample(head: Head, scale: float) -> list[HeadSeparation]:
+    """``x = dW^T db / |db|^2``; none at another rank, or without a bias gradient: x is then known up to a factor."""
+    n, delta = head.n_classes, head.grad_bias
+    if delta is None or not bool(delta.any()):
+        return []
+    x = head.grad_weight.mT @ delta / (delta @ delta)
+    mixed = head.mismatch(x[None], delta[None])
+    w = scale * (2.0 / n if head.loss.reduction == "mean" else 2.0)
+    reading = _reading(x[None], (head.logits(x) - delta / w)[None], delta[None], mixed, spare=n - 1)
+    return [replace(reading, scale=scale)] if mixed <= _tolerance(head) else []
 
 
 def _reading(x: Tensor, targets: Tensor, delta: Tensor, mismatch: float, spare: int) -> HeadSeparation:
     b = len(x)
     ones = torch.ones(b, dtype=torch.int64, device=x.device)
     residuals = x.new_full((b,), mismatch)
-    return HeadSeparation(x, targets, delta, residuals, b, ones, spare > 0, mismatch, b, spare=spare)
+    reason = "" if spare > 0 else "no equation of the head is left over to prove this reading"
+    return HeadSeparation(x, targets, delta, residuals, b, ones, spare > 0, mismatch, b, reason, spare=spare)
 
 
-def _solve_mse(
-    grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor, bias: Tensor, targets: Tensor, w: float,
-    generator: torch.Generator, budget: Budget,
-) -> list[HeadSeparation]:  # fmt: skip
+def _solve(head: Head, targets: Tensor, w: float, generator: torch.Generator) -> list[HeadSeparation]:
     """Levenberg-Marquardt on P for ``D P = U``, ``D 1 = db`` with ``D = w (W V S P^T + c - T^T)``."""
-    b = targets.shape[0]
-    u, s, vh = torch.linalg.svd(grad_weight, full_matrices=False)
-    u, s, vh = u[:, :b], s[:b], vh[:b]
-    if bool(s[-1] <= s[0] * 1e-14):
+    b = len(targets)
+    u, s, vh = torch.linalg.svd(head.grad_weight, full_matrices=False)
+    if b > len(s) or bool(s[b - 1] <= s[0] * 1e-14):
         return []
-    slope = weight @ (vh.mT * s)
+    u, s, vh = u[:, :b], s[:b], vh[:b]
+    slope = head.weight @ (vh.mT * s)
     unit = slope.norm() / b**0.5  # measure p in outputs
     slope, s = slope / unit, s / unit
     weights = u * unit
-
-    problems = _MseProblems(slope, bias[:, None] - targets.mT, weights, w, grad_bias, float(unit))
+    problems = _MseProblems(slope, head.bias[:, None] - targets.mT, weights, w, head.grad_bias, float(unit))
     first = torch.linalg.lstsq(w * problems.offset, weights).solution
     noise = torch.randn(_STARTS, b, b, generator=generator, dtype=torch.float64).to(s.device)
     size = targets.abs().max().clamp_min(1.0) * 4.0 ** (torch.arange(_STARTS, device=s.device) % 5 - 2.0)
     near = torch.arange(_STARTS, device=s.device)[:, None, None] < 4
     start = torch.where(near, first + noise * 0.1 * first.norm(), noise * size[:, None, None])
     start[0] = first
+    spare = b * (len(u) - b) + (len(u) if head.has_bias else 0)
     found: list[HeadSeparation] = []
-    spare = b * (len(u) - b) + (0 if grad_bias is None else len(u))
-    for p in minimise(problems, start, iterations=_ITERATIONS, tolerance=0.0, budget=budget):
+    for p in minimise(problems, start, iterations=_ITERATIONS, tolerance=0.0, budget=head.budget):
         x = (p * s) @ vh
-        delta = w * (x @ weight.mT + bias - targets)
-        left = (grad_weight - delta.mT @ x).norm() / grad_weight.norm()
-        if grad_bias is not None:
-            left = torch.maximum(left, (grad_bias - delta.sum(0)).norm() / grad_bias.norm())
+        delta = w * (head.logits(x) - targets)
+        left = head.mismatch(x, delta)
         new = all(float((x - f.inputs).norm() / x.norm()) > 1e-6 for f in found)
-        if float(left) < 1e-3 and new:
-            found.append(_reading(x, targets, delta, float(left), spare))
+        if left < 1e-3 and new:
+            found.append(_reading(x, targets, delta, left, spare))
     return sorted(found, key=lambda r: r.head_residual)
 
 

@@ -152,13 +152,6 @@ class Roots:
         return self.d.square().sum(1).sqrt()
 
 
-def targets_of(labels: Tensor, n_classes: int, label_smoothing: float, dtype: torch.dtype) -> Tensor:
-    """One row ``(1 - eps) e_y + eps / n`` for each label, shape (m, n)."""
-    target = torch.full((labels.shape[0], n_classes), label_smoothing / n_classes, dtype=dtype, device=labels.device)
-    target.scatter_add_(1, labels[:, None], torch.full_like(target[:, :1], 1.0 - label_smoothing))
-    return target
-
-
 @dataclass
 class _State(State):
     softmax: Tensor

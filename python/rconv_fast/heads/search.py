@@ -1,29 +1,28 @@
 """The search for the samples of a batch in a softmax head's gradient: single roots first, then all together.
 
-Notation of :mod:`rconv_fast.heads.roots`; :mod:`rconv_fast.heads.softmax` checks the arguments and reads the result.
+Notation of :mod:`rconv_fast.heads.roots`; :mod:`rconv_fast.heads.softmax` reads the result.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rconv_fast.budget import Budget
-from rconv_fast.heads.joint import (
-    MAX_UNKNOWNS,
-    JointSolution,
-    count_hypotheses,
-    estimate_counts,
-    solve_joint,
-)
-from rconv_fast.heads.roots import HeadFactors, Roots, RootSystem, root_spread, solve_roots, targets_of
+from rconv_fast.heads.counts import estimated_counts, label_rows, lower_counts
+from rconv_fast.heads.head import Head
+from rconv_fast.heads.joint import MAX_UNKNOWNS, JointSolution, solve_joint
+from rconv_fast.heads.roots import HeadFactors, Roots, RootSystem, root_spread, solve_roots
 
-# A residual is accepted up to this factor above what the gradients' noise explains.
+# A residual is accepted up to this factor above what rounding explains, whose size is only estimated, and up to this
+# many standard deviations of a noise that was stated.
 SAFETY = 30.0
-# Beyond this relative noise a residual says nothing about a sample.
-CERTIFICATE_LIMIT = 1e-2
+STATED_SAFETY = 5.0
+# A wrong root meets m more equations than unknowns to a relative eps with a chance of about eps^m: at most this.
+_CHANCE = 1e-8
+# Beyond this relative noise a residual says nothing about a sample, however many equations there are.
+_CERTIFICATE_LIMIT = 0.1
 # One sample's equations must outnumber its unknowns by this much before its root counts as proof.
 _PROOF_EXCESS = 2
 # A root of the deflated equations this close is polished and judged on the whole gradient.
@@ -31,16 +30,15 @@ _CANDIDATE = 3e-2
 # A sample is reported only if its expected relative error is below: 1e-8 with float64, 3e-4 with float32 gradients.
 _ACCURACY_IN_ROUNDINGS = 4e7
 _ACCURACY_LIMIT = 3e-4
-# Weights of repeated samples are told apart to this relative accuracy.
-WHOLE = 1e-2
+# With noise of known size the error is reported, and this is where it leaves nothing of the sample.
+_NOISY_ACCURACY_LIMIT = 0.3
 # The search gives up after so many widening rounds without a new sample.
 _IDLE_ROUNDS = 3
-# The joint solve: problems at once, and the bound of problems * B^6; label counts tried; draws of a mean softmax.
+# The joint solve: problems at once, and the bound of problems * B^6; label counts tried.
 _JOINT_BATCH = 64
 _JOINT_WORK = 10**9
 _HYPOTHESES = 128
 _HYPOTHESIS_WORK = 4 * 10**7
-_DRAWS = 256
 # Where one sample's equations outnumber its unknowns by more, the joint solve adds nothing.
 _JOINT_EXCESS = 6
 # Standard deviations, in logits, of the starting points (the first of each class is 0).
@@ -48,39 +46,79 @@ _START_SPREADS = (0.0, 1.0, 0.3, 2.0, 4.0)
 _JOINT_SPREADS = (0.3, 1.0, 0.1, 2.0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class HeadProblem:
-    """The arguments of one separation in float64, and what has been found so far."""
+    """A head whose samples are searched.
 
-    grad_weight: Tensor
-    grad_bias: Tensor | None
-    weight: Tensor
-    bias: Tensor
-    label_smoothing: float
-    reduction: str
-    rounding: float
+    Attributes
+    ----------
+    head : Head
+        The layer.
+    factors, system : HeadFactors, RootSystem
+        The gradient's factors of the numerical rank, and one sample's equations in them.
+    noise : float
+        How much of the gradient's matrix is noise, in one direction.
+    unit : float
+        Factor of a sample of weight 1 in the gradient: the scale over the batch's total weight.
+    unit_known : bool
+        Whether that is given, or only the guess that nothing is repeated.
+    guess : bool
+        Whether a guess is worth trying: not where labels weigh differently or the scale is open.
+    batch_size : int or None
+        Number of samples, if given.
+    labels : Tensor or None
+        Their labels, if given.
+    generator : torch.Generator
+        Of the starting points.
+    """
+
+    head: Head
+    factors: HeadFactors
+    system: RootSystem
+    noise: float
+    unit: float
+    unit_known: bool
+    guess: bool
+    batch_size: int | None
+    labels: Tensor | None
     generator: torch.Generator
-    budget: Budget
-    factors: HeadFactors = field(init=False)
-    system: RootSystem = field(init=False)
-    noise: float = field(init=False)
-    batch_size: int = field(init=False)
-    weight_known: bool = field(init=False)
-
-    @property
-    def sample_weight(self) -> float:
-        """``w``: the factor of one sample in the loss."""
-        return 1.0 / self.batch_size if self.reduction == "mean" else 1.0
 
     def normal(self, *shape: int) -> Tensor:
         """Seeded standard normal numbers, the same on every device."""
         numbers = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-        return numbers.to(self.weight.device)
+        return numbers.to(self.head.weight.device)
+
+    def targets(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets (m, n) and weights in the gradient (m,) of samples with these labels."""
+        target, v = self.head.loss.class_targets(labels, self.head.n_classes, torch.float64)
+        return target, self.unit * v
+
+    @property
+    def rank(self) -> int:
+        """Number of distinct samples."""
+        return self.factors.rank
+
+    @property
+    def spare(self) -> int:
+        """Equations that no unknown was needed for: ``r (n - 1)`` (and r with a bias) for the ``r^2`` of all p_b."""
+        return self.rank * (self.head.n_classes - 1 - self.rank + self.head.has_bias)
+
+    @property
+    def safety(self) -> float:
+        """How far above its expectation a residual may be."""
+        return STATED_SAFETY if self.head.noisy else SAFETY
+
+    @property
+    def accuracy_limit(self) -> float:
+        """Expected relative error up to which a sample is reported."""
+        if self.head.noisy:
+            return _NOISY_ACCURACY_LIMIT
+        return min(_ACCURACY_LIMIT, _ACCURACY_IN_ROUNDINGS * self.head.rounding)
 
 
 @dataclass
 class Found:
-    """Separated samples: extended features, deltas, labels, residuals, weights in the loss."""
+    """Separated samples: extended features, deltas, labels, residuals, weights in the gradient."""
 
     x: Tensor  # [m, d or d + 1]
     delta: Tensor  # [m, n]
@@ -99,7 +137,7 @@ class Found:
         return int(self.x.shape[0])
 
     def take(self, keep: Tensor) -> Found:
-        """The samples where `keep` is set."""
+        """The samples where `keep` is set, or at these places."""
         return Found(*(value[keep] for value in vars(self).values()))
 
     def join(self, other: Found) -> Found:
@@ -107,67 +145,61 @@ class Found:
         return Found(*(torch.cat([a, getattr(other, n)]) for n, a in vars(self).items()))
 
 
-def factorise(head: HeadProblem) -> Tensor:
-    """Set the full factors ``[dW, kappa db] = U S V^T`` and return the singular values."""
-    if head.grad_bias is None:
-        matrix, weight, offset, kappa = head.grad_weight, head.weight, head.bias, None
-    else:
-        kappa = float(head.grad_weight.norm() / head.grad_bias.norm())
-        matrix = torch.cat([head.grad_weight, kappa * head.grad_bias[:, None]], 1)
-        weight = torch.cat([head.weight, head.bias[:, None] / kappa], 1)
-        offset = torch.zeros_like(head.bias)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    head.factors = HeadFactors(u, s, vh, weight, offset, kappa)
-    return head.factors.s
+def search(problem: HeadProblem) -> Found:
+    """Individual roots with deflation, then the joint solve for what is left."""
+    found = Found.none(problem.factors)
+    rank, excess = problem.rank, problem.factors.excess
+    if excess >= _PROOF_EXCESS:
+        found = _search_roots(problem)
+    if len(found) < rank and problem.batch_size in (None, rank) and excess <= _JOINT_EXCESS:
+        rest = _search_joint(problem, found)
+        found = found if rest is None else found.join(rest)
+    return found
 
 
-def truncate(head: HeadProblem, spectrum: Tensor, rank: int) -> None:
-    """Keep `rank` singular values; the others measure the noise."""
-    full = head.factors
-    tail = float(spectrum[rank]) if rank < len(spectrum) else 0.0
-    # the last singular value is 0 but for rounding (the columns of dW sum to zero): two measure the noise
-    measured = len(spectrum) - rank >= 2
-    least = torch.finfo(torch.float64).eps if measured else head.rounding
-    head.noise = max(tail, least * float(spectrum[0]))
-    head.factors = HeadFactors(full.u[:, :rank], full.s[:rank], full.vh[:rank], full.weight, full.offset, full.kappa)
-    head.system = RootSystem.build(head.factors)
+def certificate_limit(spare: int) -> float:
+    """Relative residual below which this many equations left over prove a root."""
+    return float(min(_CERTIFICATE_LIMIT, _CHANCE ** (1 / max(spare, 1))))
 
 
-def _limits(head: HeadProblem, factors: HeadFactors, roots: Roots) -> tuple[Tensor, Tensor]:
+def _limits(problem: HeadProblem, factors: HeadFactors, roots: Roots) -> tuple[Tensor, Tensor]:
     """What the noise explains of ``off_span`` and of ``pairing - 1``, to first order.
 
     With ``dW + E``: ``|(I - UU^T) delta| <= |E| |S^-1 q|`` and ``|q^T p - 1| <= |E| |p| |S^-1 q|``; and the
     softmax itself is rounded: ``eps (1 + |logits|) / |d|``.
     """
     amplified = (roots.q / factors.s).norm(dim=1)
-    rounded = head.rounding * (1 + roots.logit_range) / roots.size
-    off_span = SAFETY * (head.noise * amplified / roots.q.norm(dim=1) + rounded)
-    pairing = SAFETY * (head.noise * amplified * roots.p.norm(dim=1) + rounded)
+    rounded = problem.head.rounding * (1 + roots.logit_range) / roots.size
+    off_span = problem.safety * (problem.noise * amplified / roots.q.norm(dim=1) + rounded)
+    pairing = problem.safety * (problem.noise * amplified * roots.p.norm(dim=1) + rounded)
     return off_span, pairing
 
 
-def _certified(head: HeadProblem, factors: HeadFactors, roots: Roots, paired: bool) -> tuple[Tensor, Tensor]:
+def _certified(
+    problem: HeadProblem, factors: HeadFactors, roots: Roots, paired: bool, spare: int
+) -> tuple[Tensor, Tensor]:
     """Which roots are samples, and their relative residuals."""
-    off_span, pairing = _limits(head, factors, roots)
-    good = (roots.off_span <= off_span) & (off_span <= CERTIFICATE_LIMIT)
+    off_span, pairing = _limits(problem, factors, roots)
+    limit = certificate_limit(spare)
+    good = (roots.off_span <= off_span) & (off_span <= limit)
     residual = roots.off_span
     if paired:
-        good &= ((roots.pairing - 1).abs() <= pairing) & (pairing <= CERTIFICATE_LIMIT)
+        good &= ((roots.pairing - 1).abs() <= pairing) & (pairing <= limit)
         residual = torch.maximum(residual, (roots.pairing - 1).abs())
     return good & torch.isfinite(residual), residual
 
 
-def _distinct(roots: Roots, good: Tensor, residual: Tensor) -> list[int]:
+def _distinct(roots: Roots, good: Tensor, residual: Tensor) -> Tensor:
     """One root for each sample: ``q_a^T p_b`` is 1 for the same sample and 0 for another one."""
     order = good.nonzero()[:, 0]
     order = order[residual[order].argsort()]
     p, q = roots.p[order], roots.q[order] / roots.pairing[order, None]
-    overlap = (q @ p.mT).abs().cpu()
+    near = ((q @ p.mT).abs() >= 0.5).cpu()
     chosen: list[int] = []
     for i in range(len(order)):
-        if all(float(overlap[i, j]) < 0.5 for j in chosen):
+        if not bool(near[i, chosen].any()):
             chosen.append(i)
-    return [int(order[i]) for i in chosen]
+    return order[torch.tensor(chosen, dtype=torch.int64, device=order.device)]
 
 
 def _class_order(factors: HeadFactors, rest: Tensor | None) -> Tensor:
@@ -182,85 +214,77 @@ def _class_order(factors: HeadFactors, rest: Tensor | None) -> Tensor:
     return score.argsort(descending=True)
 
 
-def search(head: HeadProblem, given: Tensor | None) -> Found:
-    """Individual roots with deflation, then the joint solve for what is left."""
-    found = Found.none(head.factors)
-    rank = head.factors.rank
-    if head.factors.excess >= _PROOF_EXCESS:
-        found = _search_roots(head, given)
-    if len(found) < rank == head.batch_size and head.factors.excess <= _JOINT_EXCESS:
-        rest = _search_joint(head, given, found)
-        found = found if rest is None else found.join(rest)
-    return found
-
-
-def _deflated(head: HeadProblem, found: Found) -> HeadFactors:
+def _deflated(problem: HeadProblem, found: Found) -> HeadFactors:
+    factors = problem.factors
     if len(found) == 0:
-        return head.factors
-    p = found.x @ head.factors.vh.mT / head.factors.s
-    q = found.delta @ head.factors.u
-    return head.factors.deflate(p, q)
+        return factors
+    return factors.deflate(found.x @ factors.vh.mT / factors.s, found.delta @ factors.u)
 
 
-def _remaining(given: Tensor, found: Found, weight: float) -> Tensor:
+def _bias_left(problem: HeadProblem, found: Found) -> Tensor | None:
+    bias = problem.head.grad_bias
+    return None if bias is None else bias - found.delta.sum(0)
+
+
+def _labels_left(problem: HeadProblem, found: Found) -> Tensor:
     """The given labels without those of the found samples."""
-    left = given.tolist()
-    times = (found.weights / weight).round().long().tolist()
+    assert problem.labels is not None
+    left = problem.labels.tolist()
+    weights = problem.targets(found.labels)[1]
+    times = (found.weights / weights).round().long().tolist() if problem.unit_known else [1] * len(found)
     for label, repeats in zip(found.labels.tolist(), times, strict=True):
         for _ in range(repeats):
             if label in left:
                 left.remove(label)
-    return torch.tensor(left, dtype=torch.int64, device=given.device)
+    return torch.tensor(left, dtype=torch.int64, device=problem.labels.device)
 
 
-def _search_roots(head: HeadProblem, given: Tensor | None) -> Found:
+def _search_roots(problem: HeadProblem) -> Found:
     """Rounds of individual roots: few classes and starts first, more of both when nothing is found."""
-    found = Found.none(head.factors)
-    rank, n = head.factors.rank, head.factors.n_classes
+    found = Found.none(problem.factors)
+    rank, n = problem.rank, problem.head.n_classes
     idle, first = 0, True
-    while len(found) < rank and idle <= _IDLE_ROUNDS and not head.budget.spent:
-        factors = _deflated(head, found)
-        left = factors.rank
-        if given is not None:
-            classes = torch.unique(_remaining(given, found, head.sample_weight))
+    while len(found) < rank and idle <= _IDLE_ROUNDS and not problem.head.budget.spent:
+        factors = _deflated(problem, found)
+        if problem.labels is not None:
+            classes = torch.unique(_labels_left(problem, found))
         else:
-            rest = None if head.grad_bias is None else head.grad_bias - found.delta.sum(0)
-            breadth = min(n, (rank if first else max(2 * left, rank)) * 4 ** max(0, idle - 1))
-            classes = _class_order(factors, rest)[:breadth]
+            breadth = min(n, (rank if first else max(2 * factors.rank, rank)) * 4 ** max(0, idle - 1))
+            classes = _class_order(factors, _bias_left(problem, found))[:breadth]
         if len(classes) == 0:
             break
         starts = 1 if first else 4 * max(1, idle)
         # samples that occur several times have another weight: every idle round first tries it as an unknown
-        free = idle > 0 and factors.excess > _PROOF_EXCESS
-        new = _round(head, factors, classes, min(starts, 4) if free else starts, first, paired=not free)
-        if free and len(new) == 0:
-            new = _round(head, factors, classes, starts, first, paired=True)
+        free = (idle > 0 or not problem.guess) and factors.excess > _PROOF_EXCESS
+        new = _round(problem, factors, classes, min(starts, 4) if free else starts, first, paired=not free)
+        if free and len(new) == 0 and problem.guess:
+            new = _round(problem, factors, classes, starts, first, paired=True)
         found = found.join(new)
         idle = 0 if len(new) else idle + 1
         first = False
     return found
 
 
-def _round(head: HeadProblem, factors: HeadFactors, classes: Tensor, starts: int, first: bool, paired: bool) -> Found:
+def _round(
+    problem: HeadProblem, factors: HeadFactors, classes: Tensor, starts: int, first: bool, paired: bool
+) -> Found:
     """Try every class from several starts; polish and certify what comes close to a root."""
     system = RootSystem.build(factors)
     tried = classes.repeat_interleave(starts)
     m, k = len(tried), system.g.shape[1]
     spreads = torch.tensor(_START_SPREADS, dtype=torch.float64, device=classes.device)
     index = torch.arange(m, device=classes.device) % starts + (0 if first else 1)
-    start = head.normal(m, k) * spreads[index % len(spreads)][:, None]
-    target = targets_of(tried, factors.n_classes, head.label_smoothing, torch.float64)
-    weight = torch.full((m,), head.sample_weight, dtype=torch.float64, device=classes.device)
+    start = problem.normal(m, k) * spreads[index % len(spreads)][:, None]
+    target, weight = problem.targets(tried)
     scale = torch.full_like(weight, float(paired))
-    roots = solve_roots(system, target, weight, start, scale=scale, budget=head.budget)
+    roots = solve_roots(system, target, weight, start, scale=scale, budget=problem.head.budget)
     near = roots.off_span <= _CANDIDATE
     if paired:
         near &= (roots.pairing - 1).abs() <= _CANDIDATE
     keep = _distinct(roots, near, roots.off_span)
-    if not keep:
-        return Found.none(head.factors)
-    index = torch.tensor(keep, dtype=torch.int64, device=classes.device)
-    return _refined(head, (roots.p[index] * factors.s) @ factors.vh, tried[index], paired)
+    if len(keep) == 0:
+        return Found.none(problem.factors)
+    return _refined(problem, (roots.p[keep] * factors.s) @ factors.vh, tried[keep], paired)
 
 
 def _centred_logits(factors: HeadFactors, p: Tensor) -> Tensor:
@@ -268,35 +292,28 @@ def _centred_logits(factors: HeadFactors, p: Tensor) -> Tensor:
     return p @ (slope - slope.mean(0)).mT + factors.offset - factors.offset.mean()
 
 
-def _refined(head: HeadProblem, x: Tensor, labels: Tensor, paired: bool) -> Found:
+def _refined(problem: HeadProblem, x: Tensor, labels: Tensor, paired: bool) -> Found:
     """Polish candidates on the whole gradient, where no error of a subtraction is left, and certify them there."""
-    factors = head.factors
-    system = head.system
-    p = x @ factors.vh.mT / factors.s
-    target = targets_of(labels, factors.n_classes, head.label_smoothing, torch.float64)
-    weight = torch.full((len(x),), head.sample_weight, dtype=torch.float64, device=x.device)
-    start = (_centred_logits(factors, p) - system.base) @ system.g
+    factors, system = problem.factors, problem.system
+    target, weight = problem.targets(labels)
+    start = (_centred_logits(factors, x @ factors.vh.mT / factors.s) - system.base) @ system.g
     scale = torch.full_like(weight, float(paired))
     for _ in range(2):  # the second time, the pairing equation counts as much as its noise allows
         roots = solve_roots(
             system, target, weight, start,
-            scale=scale, budget=head.budget, iterations=40, tolerance=1e-16, damping=1e-6,
+            scale=scale, budget=problem.head.budget, iterations=40, tolerance=1e-16, damping=1e-6,
         )  # fmt: skip
-        off_span, pairing = _limits(head, factors, roots)
+        off_span, pairing = _limits(problem, factors, roots)
         scale = float(paired) * (off_span * roots.size / pairing).clamp(max=1.0)
         start = (_centred_logits(factors, roots.p) - system.base) @ system.g
-    good, residual = _certified(head, factors, roots, paired)
+    good, residual = _certified(problem, factors, roots, paired, factors.excess - (not paired))
     good &= roots.pairing > 0
-    level = off_span / SAFETY * roots.size
-    if not head.weight_known:  # samples too well classified to be seen would make the weight smaller than 1/rank
+    level = off_span / problem.safety * roots.size
+    if not problem.unit_known:  # samples too well classified to be seen would make the weight smaller than 1/rank
         scale = torch.zeros_like(scale)
     accuracy = level * root_spread(factors, system, roots, target, weight, scale)
-    good &= accuracy <= min(_ACCURACY_LIMIT, _ACCURACY_IN_ROUNDINGS * head.rounding)
-    if head.weight_known:
-        times = 1 / roots.pairing  # how often a sample of unknown weight occurs
-        good &= (times - times.round()).abs() <= WHOLE
-    keep = _distinct(roots, good, residual)
-    return _collect(factors, roots, labels, residual, keep, head.sample_weight, rescale=not paired)
+    good &= accuracy <= problem.accuracy_limit
+    return _collect(factors, roots, labels, residual, _distinct(roots, good, residual), weight, rescale=not paired)
 
 
 def _collect(
@@ -304,134 +321,122 @@ def _collect(
     roots: Roots,
     labels: Tensor,
     residual: Tensor,
-    keep: list[int],
-    weight: float,
+    keep: Tensor,
+    weight: Tensor,
     rescale: bool = False,
 ) -> Found:
     """Samples in the coordinates of the head; an unknown weight is what makes ``q^T p = 1``."""
-    index = torch.tensor(keep, dtype=torch.int64, device=labels.device)
-    scale = 1 / roots.pairing[index] if rescale else torch.ones_like(roots.pairing[index])
+    scale = 1 / roots.pairing[keep] if rescale else torch.ones_like(roots.pairing[keep])
     return Found(
-        x=(roots.p[index] * factors.s) @ factors.vh,
-        delta=(roots.q[index] * scale[:, None]) @ factors.u.mT,
-        labels=labels[index],
-        residuals=residual[index],
-        weights=weight * scale,
+        x=(roots.p[keep] * factors.s) @ factors.vh,
+        delta=(roots.q[keep] * scale[:, None]) @ factors.u.mT,
+        labels=labels[keep],
+        residuals=residual[keep],
+        weights=weight[keep] * scale,
     )
 
 
-def _search_joint(head: HeadProblem, given: Tensor | None, found: Found) -> Found | None:
+def _search_joint(problem: HeadProblem, found: Found) -> Found | None:
     """Solve for all remaining samples together; None unless every one is found."""
-    factors = _deflated(head, found)
+    head, factors = problem.head, _deflated(problem, found)
     r, n = factors.rank, factors.n_classes
     system = RootSystem.build(factors)
     k = system.g.shape[1]
+    weighable = problem.unit_known or problem.guess or (head.scale is not None and not head.of_probabilities)
     # r (n - 1) equations (and r more with a bias) for r^2 unknowns
-    if r > n - (2 if factors.kappa is None else 1) or r * max(k, 1) > MAX_UNKNOWNS:
+    if r > n - (2 if factors.kappa is None else 1) or r * max(k, 1) > MAX_UNKNOWNS or not weighable:
         return None
-    hypotheses = _label_hypotheses(head, factors, given, found)
     spreads = torch.tensor(_JOINT_SPREADS, dtype=torch.float64, device=factors.u.device)
-    for labels, starts in hypotheses:
-        h = labels.shape[0] * starts
-        tried = labels.repeat_interleave(starts, 0)
-        spread = spreads[torch.arange(h, device=spreads.device) % len(spreads)]
-        start = head.normal(h, r, k) * spread[:, None, None]
-        solution = solve_joint(
-            system, tried, head.sample_weight, start, budget=head.budget, label_smoothing=head.label_smoothing
-        )
-        best = int(solution.cost.argmin())
-        rest = _joint_samples(head, factors, solution.p[best], solution.labels[best])
-        if rest is not None and (head.weight_known or not _fits_smaller_weight(head, system, solution, best)):
-            return rest
+    for labels, starts in _label_hypotheses(problem, factors, found):
         if head.budget.spent:
             break
+        tried = labels.repeat_interleave(starts, 0)
+        h = len(tried)
+        start = problem.normal(h, r, k) * spreads[torch.arange(h, device=spreads.device) % len(spreads)][:, None, None]
+        target, weight = _joint_targets(problem, tried, found)
+        solution = solve_joint(system, target, weight, start, budget=head.budget)
+        best = int(solution.cost.argmin())
+        one = (tried[best], target[best], weight[best])
+        rest = _joint_samples(problem, factors, solution.p[best], *one)
+        certain = problem.unit_known or not problem.guess
+        if rest is not None and (certain or not _fits_smaller_weight(problem, system, solution, best, one)):
+            return rest
     return None
 
 
-def _fits_smaller_weight(head: HeadProblem, system: RootSystem, solution: JointSolution, best: int) -> bool:
+def _joint_targets(problem: HeadProblem, labels: Tensor, found: Found) -> tuple[Tensor, Tensor]:
+    """Targets (h, r, n) and weights (h, r) of each row of labels; where classes weigh differently, so do the rows."""
+    head = problem.head
+    h, r = labels.shape
+    target, v = head.loss.class_targets(labels.reshape(-1), head.n_classes, torch.float64)
+    if head.loss.class_weights is None or problem.unit_known:
+        unit = v.new_full((h,), problem.unit)
+    else:
+        totals = [head.loss.total_weight(torch.cat([found.labels, row]), head.n_classes) for row in labels]
+        unit = (head.scale or 1.0) / v.new_tensor(totals)
+    return target.reshape(h, r, -1), v.reshape(h, r) * unit[:, None]
+
+
+def _fits_smaller_weight(
+    problem: HeadProblem,
+    system: RootSystem,
+    solution: JointSolution,
+    best: int,
+    one: tuple[Tensor, Tensor, Tensor],
+) -> bool:
     """Whether ``w = 1/(B+1)`` explains the gradient just as well: then neither B nor the samples are proved."""
-    weight = 1.0 / (head.batch_size + 1)
+    _, target, weight = one
     start = torch.linalg.lstsq(system.t, (solution.p[best] - system.p0).mT).solution.mT
-    other = solve_joint(
-        system, solution.labels[best][None], weight, start[None],
-        budget=head.budget, label_smoothing=head.label_smoothing,
-    )  # fmt: skip
+    smaller = weight * problem.rank / (problem.rank + 1)
+    other = solve_joint(system, target[None], smaller[None], start[None], budget=problem.head.budget)
     return bool(other.cost[0] <= max(1e-6, 10 * float(solution.cost[best])))
 
 
-def _joint_samples(head: HeadProblem, factors: HeadFactors, p: Tensor, labels: Tensor) -> Found | None:
+def _joint_samples(
+    problem: HeadProblem, factors: HeadFactors, p: Tensor, labels: Tensor, target: Tensor, weight: Tensor
+) -> Found | None:
     """Certify a joint solution: every sample's own equations, and ``q_a^T p_b = 0`` between samples."""
     slope = factors.weight @ (factors.vh.mT * factors.s)
     logits = p @ slope.mT + factors.offset
-    d = torch.softmax(logits, 1) - targets_of(labels, factors.n_classes, head.label_smoothing, p.dtype)
+    d = torch.softmax(logits, 1) - target
     q = d @ factors.u
     off_span = d - q @ factors.u.mT
-    q = head.sample_weight * q
-    spread = (logits - logits.mean(1, keepdim=True)).abs().amax(1)
-    roots = Roots(p, q, off_span.norm(dim=1) / d.norm(dim=1), (p * q).sum(1), d, spread)
-    good, residual = _certified(head, factors, roots, paired=True)
-    mixing = q @ p.mT - torch.eye(len(p), dtype=p.dtype, device=p.device)
-    bound = SAFETY * (head.noise / factors.s[-1] + head.rounding) * q.norm(dim=1) * p.norm(dim=1).max()
-    good &= mixing.abs().amax(1) <= bound
+    q = weight[:, None] * q
+    reach = (logits - logits.mean(1, keepdim=True)).abs().amax(1)
+    roots = Roots(p, q, off_span.norm(dim=1) / d.norm(dim=1), (p * q).sum(1), d, reach)
+    spare = factors.rank * (factors.n_classes - 1 - factors.rank + (factors.kappa is not None))
+    good, residual = _certified(problem, factors, roots, paired=True, spare=spare)
+    mixing = (q @ p.mT - torch.eye(len(p), dtype=p.dtype, device=p.device)).abs().amax(1)
+    relative = problem.noise / factors.s[-1] + problem.head.rounding
+    good &= mixing <= problem.safety * relative * q.norm(dim=1) * p.norm(dim=1).max()
     if not bool(good.all()):
         return None
-    residual = torch.maximum(residual, mixing.abs().amax(1))
-    return _collect(factors, roots, labels, residual, list(range(len(p))), head.sample_weight)
+    everyone = torch.arange(len(p), device=p.device)
+    return _collect(factors, roots, labels, torch.maximum(residual, mixing), everyone, weight)
 
 
-def _mean_softmax(head: HeadProblem, feature_mean: float) -> Tensor:
-    """Expected softmax for features of this mean and twice its square as variance (a normal behind a ReLU has 2.1)."""
-    mean = feature_mean * head.weight.sum(1) + head.bias
-    deviation = abs(feature_mean) * 2**0.5 * head.weight.norm(dim=1)
-    return torch.softmax(mean + deviation * head.normal(_DRAWS, len(mean)), 1).mean(0)
-
-
-def _estimated_counts(head: HeadProblem, rest: HeadFactors, grad_bias: Tensor | None) -> Tensor:
-    """Label counts of the samples in `rest` from ``db``; without a bias from ``dW 1 = const * db``.
-
-    Features behind an activation have a positive sum that varies little: ``dW 1 = d mean(x) db``, which gives
-    the mean feature, hence the expected softmax. Without a bias, at least n - r classes are absent, and
-    ``db_y = w r softmax_y`` there gives ``d mean(x)``.
-    """
-    w, r, n = head.sample_weight, rest.rank, rest.n_classes
-    total = head.grad_weight.sum(1) / head.grad_weight.shape[1]
-    if grad_bias is not None and head.grad_bias is not None:
-        feature_mean = float(total @ head.grad_bias / (head.grad_bias @ head.grad_bias))
-        return estimate_counts(_mean_softmax(head, feature_mean), grad_bias, r, w)
-    total = (rest.u * rest.s) @ rest.vh.sum(1) / head.grad_weight.shape[1]
-    feature_mean = 0.0
-    for _ in range(3):
-        softmax = _mean_softmax(head, feature_mean)
-        feature_mean = float((total / softmax).topk(n - r).values.mean() / (w * r))
-    return estimate_counts(softmax, total / feature_mean, r, w)
-
-
-def _label_hypotheses(
-    head: HeadProblem, factors: HeadFactors, given: Tensor | None, found: Found
-) -> list[tuple[Tensor, int]]:
+def _label_hypotheses(problem: HeadProblem, factors: HeadFactors, found: Found) -> list[tuple[Tensor, int]]:
     """Label rows to try, in batches with a number of starts: likely ones first, then more of both."""
     r, n = factors.rank, factors.n_classes
-    device = factors.u.device
     budget = max(1, min(_JOINT_BATCH, _JOINT_WORK // r**6))  # problems at once
-    if given is not None:
-        rows = [_remaining(given, found, head.sample_weight)]
+    if problem.labels is not None:
+        rows = _labels_left(problem, found)[None]
+        if rows.shape[1] != r:
+            return []
     else:
-        rest = None if head.grad_bias is None else head.grad_bias - found.delta.sum(0)
-        lower = torch.zeros(n, dtype=torch.int64)
-        if rest is not None:  # k_y = sum softmax_y - db_y / w > -db_y / w
-            lower = torch.ceil(-rest / head.sample_weight - 1e-6).clamp_min(0).long().cpu()
-        estimate = _estimated_counts(head, factors, rest).cpu()
+        left = _bias_left(problem, found)
+        estimate = estimated_counts(problem.head, factors, left, problem.unit, problem.generator)
         limit = max(1, min(_HYPOTHESES, _HYPOTHESIS_WORK // r**6))
         if r > n - 2:  # at the very limit the equations are too stiff for many tries to pay
             limit = min(limit, _HYPOTHESES // 4)
-        rows = [
-            torch.repeat_interleave(torch.arange(n), torch.tensor(counts)).to(device)
-            for counts in count_hypotheses(estimate, lower, r, limit)
-        ]
-    plan = [(rows[0][None], budget)] * 2
+        rows = label_rows(estimate, lower_counts(left, problem.unit, n), r, limit).to(factors.u.device)
+    plan = [(rows[:1], budget)] * 2
     if len(rows) == 1:
         return plan * 2
     per = min(4, budget)
-    for i in range(1, len(rows), max(1, budget // per)):
-        plan.append((torch.stack(rows[i : i + max(1, budget // per)]), per))
-    return plan
+    return plan + [(piece, per) for piece in rows[1:].split(max(1, budget // per))]
+
+
+def truncated(factors: HeadFactors, rank: int) -> HeadFactors:
+    """Keep the largest `rank` singular values."""
+    return replace(factors, u=factors.u[:, :rank], s=factors.s[:rank], vh=factors.vh[:rank])

@@ -1,4 +1,4 @@
-"""Samples separated from a layer's gradients: the value, what one sample gives at once, and the gradients' noise."""
+"""Samples separated from a layer's gradients: the value, and the closed form of one sample's input."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from rconv_fast.errors import require, require_type
-from rconv_fast.losses import REDUCTIONS
-
-# Values looked at before a whole tensor.
-_PROBE = 256
+from rconv_fast.errors import require
+from rconv_fast.heads.head import check_gradients
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,8 @@ class HeadSeparation:
         that almost any gradient of this rank has such a reading.
     scale : float
         Factor by which the gradients are multiplied, given or found.
+    errors : Tensor, shape (m,), or None
+        Predicted relative error of each sample's features under the noise, where it was computed.
     grad_preactivation : Tensor, shape (m, n_1), or None
         Gradient at the pre-activation of the first layer, where a stack of layers was separated.
     """
@@ -65,6 +64,7 @@ class HeadSeparation:
     reason: str = ""
     spare: int = 0
     scale: float = 1.0
+    errors: Tensor | None = None
     grad_preactivation: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> HeadSeparation:
@@ -79,28 +79,6 @@ class HeadSeparation:
     def duplicates(self) -> Tensor:
         """Indices of the samples that occur more than once."""
         return (self.multiplicities > 1).nonzero()[:, 0]
-
-
-def check_head_gradients(
-    function: str, grad_weight: Tensor, grad_bias: Tensor | None, weight: Tensor | None = None
-) -> None:
-    """Refuse head gradients of a wrong type or shape, with NaN or Inf, or that are zero."""
-    named = [("grad_weight", grad_weight), ("grad_bias", grad_bias), ("weight", weight)]
-    for name, value in named:
-        if value is None:
-            continue
-        require_type(isinstance(value, Tensor), function, name, "be a torch.Tensor", type(value).__name__)
-        require_type(value.is_floating_point(), function, name, "be of a real floating type", value.dtype)
-        require(bool(torch.isfinite(value).all()), function, name, "be finite", "NaN or Inf")
-    shape = tuple(grad_weight.shape)
-    require(len(shape) == 2 and 0 not in shape, function, "grad_weight", "have shape (n, d), n, d > 0", shape)
-    if grad_bias is not None:
-        got = tuple(grad_bias.shape)
-        require(got == shape[:1], function, "grad_bias", f"have shape {shape[:1]}", got)
-    if weight is not None:
-        got = tuple(weight.shape)
-        require(got == shape, function, "weight", f"have grad_weight's shape {shape}", got)
-    require(bool(grad_weight.any()), function, "grad_weight", "not be zero", "a zero gradient")
 
 
 def recover_linear_input(grad_weight: Tensor, grad_bias: Tensor) -> Tensor:
@@ -142,50 +120,7 @@ def recover_linear_input(grad_weight: Tensor, grad_bias: Tensor) -> Tensor:
     tensor([1., 2.])
     """
     function = "recover_linear_input"
-    check_head_gradients(function, grad_weight, grad_bias)
+    check_gradients(function, grad_weight, grad_bias)
     require(bool(grad_bias.any()), function, "grad_bias", "not be zero", "a zero gradient")
     exact = grad_bias.double() / grad_bias.abs().max()  # normalised first: no underflow in |db|^2
     return (grad_weight.double().mT @ exact / (exact @ exact) / grad_bias.abs().max()).to(grad_weight.dtype)
-
-
-def rounding_of(*tensors: Tensor | None) -> float:
-    """Unit roundoff of the coarsest format that holds every value: float64 gradients may be rounded float32."""
-    given = [t.detach().reshape(-1) for t in tensors if t is not None]
-    for coarse in (torch.bfloat16, torch.float16, torch.float32):
-        # a few values decide almost always
-        if all(_holds(coarse, t[:_PROBE]) for t in given) and all(_holds(coarse, t) for t in given):
-            return float(torch.finfo(coarse).eps)
-    return float(torch.finfo(torch.float64).eps)
-
-
-def _holds(coarse: torch.dtype, values: Tensor) -> bool:
-    return values.dtype == coarse or bool((values.to(coarse).to(values.dtype) == values).all())
-
-
-def numerical_rank(singular_values: Tensor, shape: tuple[int, int], rounding: float) -> int:
-    """Count the singular values above the noise: the widest gap near the level that rounding explains."""
-    values = (singular_values / singular_values[0]).tolist()
-    floor = rounding * max(shape) ** 0.5
-    low, high = floor / 100, min(floor * 300, 0.1)
-    tiny = rounding * 1e-3
-    candidates = [k for k in range(1, len(values)) if values[k] <= high and values[k - 1] >= low]
-    if not candidates:
-        return sum(v > floor for v in values)
-    return max(candidates, key=lambda k: values[k - 1] / max(values[k], tiny))
-
-
-def check_head(
-    function: str,
-    grad_weight: Tensor,
-    grad_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    reduction: str,
-) -> None:
-    """Refuse a head whose tensors do not belong together, and an unknown reduction."""
-    check_head_gradients(function, grad_weight, grad_bias, weight)
-    wanted = (grad_weight.shape[0],)
-    if bias is not None:
-        require(tuple(bias.shape) == wanted, function, "bias", f"have shape {wanted}", tuple(bias.shape))
-    require(grad_bias is None or bias is not None, function, "bias", "be given with grad_bias", None)
-    require(reduction in REDUCTIONS, function, "reduction", f"be one of {', '.join(REDUCTIONS)}", repr(reduction))

@@ -7,20 +7,29 @@ Notation of :mod:`rconv_fast.heads.roots`: n classes, d features, B samples,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import require
-from rconv_fast.heads.roots import targets_of
-from rconv_fast.heads.search import CERTIFICATE_LIMIT, SAFETY, WHOLE, Found, HeadProblem, factorise, search, truncate
-from rconv_fast.heads.separation import HeadSeparation, check_head, numerical_rank, rounding_of
+from rconv_fast.heads.head import Head, check_head
+from rconv_fast.heads.multiplicity import Occurrences, count_occurrences
+from rconv_fast.heads.roots import HeadFactors, RootSystem
+from rconv_fast.heads.search import Found, HeadProblem, search, truncated
+from rconv_fast.heads.separation import HeadSeparation
+from rconv_fast.heads.single import single_sample
+from rconv_fast.heads.spectrum import noise_in_spectrum, noisy_rank, numerical_rank
+from rconv_fast.losses import Loss
 
 # ``q_a^T p_b`` of a complete separation is 0 or 1 this closely, or as closely as the noise allows.
 _PAIRING = 1e-8
-# A search that has not ended by then will not end with success.
-SEARCH_SECONDS = 60.0
+# Shares of repeated samples are whole multiples of each other this closely, and never less closely than that.
+_SHARE = 1e-6
+_COARSE_SHARE = 1e-2
+# A search that has not ended by then will not end with success: the largest that do take three seconds.
+_SEARCH_SECONDS = 30.0
 
 
 def separate_softmax_batch(
@@ -33,6 +42,8 @@ def separate_softmax_batch(
     labels: Sequence[int] | Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    class_weights: Tensor | None = None,
+    scale: float | None = 1.0,
     seed: int = 0,
     time_limit: float | None = None,
 ) -> HeadSeparation:
@@ -63,10 +74,14 @@ def separate_softmax_batch(
         As in ``torch.nn.functional.cross_entropy``.
     reduction : {"mean", "sum"}
         Of the loss over the batch.
+    class_weights : Tensor, shape (n,), optional
+        ``weight`` of ``torch.nn.functional.cross_entropy``.
+    scale : float or None
+        Factor by which the gradient is multiplied; None: find it.
     seed : int
         Seed of the starting points. The result does not depend on it, except for what is found at all.
     time_limit : float, optional
-        Seconds after which the search ends with what it has; by default one minute.
+        Seconds after which the search ends with what it has; by default half a minute.
 
     Returns
     -------
@@ -101,23 +116,11 @@ def separate_softmax_batch(
     smooth = 0.0 <= label_smoothing < 1.0
     require(smooth, function, "label_smoothing", "lie in [0, 1)", label_smoothing)
     given = checked_labels(function, labels, n, batch_size, grad_weight.device)
-    head = HeadProblem(
-        grad_weight=grad_weight.detach().double(),
-        grad_bias=None if grad_bias is None else grad_bias.detach().double(),
-        weight=weight.detach().double(),
-        bias=(weight.new_zeros(n) if bias is None else bias.detach()).double(),
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        rounding=rounding_of(grad_weight, grad_bias),
-        generator=torch.Generator().manual_seed(seed),
-        budget=Budget.seconds(time_limit).at_most(SEARCH_SECONDS),
-    )
-    return separate(head, batch_size, given).to(grad_weight.dtype)
-
-
-def separate(head: HeadProblem, batch_size: int | None, given: Tensor | None) -> HeadSeparation:
-    """The closed form of one sample where it fits, else the search."""
-    return _single_sample(head, batch_size, given) or _separate(head, batch_size, given)
+    head = Head.create(
+        grad_weight, grad_bias, weight, bias, Loss("cross_entropy", reduction, label_smoothing, class_weights),
+        scale=scale, budget=Budget.seconds(time_limit),
+    )  # fmt: skip
+    return separate(head, batch_size, given, seed).to(grad_weight.dtype)
 
 
 def checked_labels(
@@ -140,109 +143,166 @@ def checked_labels(
     return given
 
 
-def _single_sample(head: HeadProblem, batch_size: int | None, given: Tensor | None) -> HeadSeparation | None:
-    """One sample and a bias: ``delta = db``, ``x = dW^T db / |db|^2``, ``e_y = softmax(W x + c) - delta``."""
+def separate(head: Head, batch_size: int | None, given: Tensor | None, seed: int = 0) -> HeadSeparation:
+    """The closed form of one sample where it fits, else the search.
+
+    Parameters
+    ----------
+    head : Head
+        With cross-entropy as its loss.
+    batch_size : int, optional
+        Number of samples.
+    given : Tensor, optional
+        Their labels, int64.
+    seed : int
+        Of the starting points.
+    """
+    head = replace(head, budget=head.budget.at_most(_SEARCH_SECONDS))
     expected = batch_size if given is None else len(given)
-    if head.grad_bias is None or expected not in (None, 1):
-        return None
-    delta = head.grad_bias
-    square = delta @ delta
-    x = head.grad_weight.mT @ delta / square
-    mixed = (head.grad_weight - torch.outer(delta, x)).norm() / head.grad_weight.norm()
-    logits = head.weight @ x + head.bias
-    target = torch.softmax(logits, 0) - delta
-    label = target.argmax()
-    gap = target - targets_of(label[None], len(target), head.label_smoothing, target.dtype)[0]
-    values = torch.stack([mixed, gap.norm() / square.sqrt(), square.sqrt(), logits.abs().max(), label.double()])
-    rank_gap, residual, size, reach, y = values.tolist()  # the only synchronisation
-    if not rank_gap <= SAFETY * head.rounding:  # also NaN, of a zero bias gradient
-        return None
-    limit = SAFETY * head.rounding * max(1.0, reach) * max(1.0, 1.0 / size)
-    if not residual <= min(limit, CERTIFICATE_LIMIT):
-        return None
-    if given is not None and int(given[0]) != int(y):
-        return None
-    one = torch.ones(1, dtype=torch.int64, device=x.device)
-    return HeadSeparation(
-        x[None], label[None], delta[None], values[1:2], 1, one, True, rank_gap, 1, spare=spare_equations(head, 1)
+    single = None if head.noisy else single_sample(head, expected, given)
+    if single is not None:
+        return single
+    for problem, note in _problems(head, expected, given, torch.Generator().manual_seed(seed)):
+        found = _assemble(problem, search(problem), note)
+        if len(found.inputs) == found.rank:
+            break
+    return found
+
+
+def _problems(
+    head: Head, expected: int | None, given: Tensor | None, generator: torch.Generator
+) -> list[tuple[HeadProblem, str]]:
+    """What to search: where nothing was said of noise that the spectrum shows, first with it, then without."""
+    factors = _factors(head)
+    shape = (head.n_classes, factors.vh.shape[1])
+    rest = (expected, given, generator)
+    if head.noisy:
+        return [(_problem(head, factors, *rest), "")]
+    rank = numerical_rank(factors.s, shape, head.rounding)
+    problems = [(_problem(head, truncated(factors, rank), *rest, spectrum=factors.s), "")]
+    shown = noise_in_spectrum(factors.s, shape, rank) if rank >= head.n_classes - 1 else None
+    if shown is not None and expected in (None, shown[0]):
+        sigma = head.grad_weight.new_full((), shown[1])
+        noisy = replace(head, sigma_weight=sigma, sigma_bias=sigma / (factors.kappa or 1.0))
+        share = float(sigma / head.grad_weight.square().mean().sqrt())
+        note = f"the gradient carries noise of about {share:.0e} of its entries, which noise= should say"
+        problems.insert(0, (_problem(noisy, truncated(factors, shown[0]), *rest), note))
+    return problems
+
+
+def _problem(
+    head: Head,
+    factors: HeadFactors,
+    expected: int | None,
+    given: Tensor | None,
+    generator: torch.Generator,
+    spectrum: Tensor | None = None,
+) -> HeadProblem:
+    """Keep as many singular values as samples; the noise, and the weight of a sample, given or guessed."""
+    n, d = head.n_classes, factors.vh.shape[1]
+    if head.sigma_weight is not None:
+        sigma = float(head.sigma_weight.square().mean().sqrt())
+        rank = noisy_rank(factors.s, sigma * (n**0.5 + d**0.5))
+        noise = sigma * n**0.5
+    else:
+        rank = factors.rank
+    rank = rank if expected is None else min(rank, expected)
+    if spectrum is not None:
+        tail = float(spectrum[rank]) if rank < len(spectrum) else 0.0
+        # the last singular value is 0 but for rounding (the columns of dW sum to zero): two measure the noise
+        least = torch.finfo(torch.float64).eps if len(spectrum) - rank >= 2 else head.rounding
+        noise = max(tail, least * float(spectrum[0]))
+    factors = truncated(factors, rank)
+    scale = 1.0 if head.scale is None else head.scale
+    loss = head.loss
+    plain = head.scale is not None and not head.of_probabilities
+    weighted = loss.class_weights is not None and loss.reduction == "mean"
+    counted = loss.reduction == "sum" or given is not None or (expected is not None and not weighted)
+    labels = given if given is not None else torch.zeros(expected or rank, dtype=torch.int64)
+    total = float(len(labels)) if weighted and given is None else loss.total_weight(labels, n)
+    return HeadProblem(
+        head=head,
+        factors=factors,
+        system=RootSystem.build(factors),
+        noise=noise,
+        unit=scale / total,
+        unit_known=plain and counted,
+        guess=plain and (counted or not weighted),
+        batch_size=expected,
+        labels=given,
+        generator=generator,
     )
 
 
-def spare_equations(head: HeadProblem, rank: int) -> int:
-    """Equations that no unknown was needed for: ``r (n - 1)`` (and r with a bias) for the ``r^2`` of all p_b."""
-    return rank * (len(head.weight) - 1 - rank + (head.grad_bias is not None))
+def _factors(head: Head) -> HeadFactors:
+    """``[dW, kappa db] = U S V^T``, with kappa such that both parts have the same noise."""
+    if head.grad_bias is None:
+        matrix, weight, offset, kappa = head.grad_weight, head.weight, head.bias, None
+    else:
+        if head.sigma_weight is not None and head.sigma_bias is not None:
+            kappa = float((head.sigma_weight.square().mean() / head.sigma_bias.square().mean()).sqrt())
+        else:
+            kappa = float(head.grad_weight.norm() / head.grad_bias.norm())
+        matrix = torch.cat([head.grad_weight, kappa * head.grad_bias[:, None]], 1)
+        weight = torch.cat([head.weight, head.bias[:, None] / kappa], 1)
+        offset = torch.zeros_like(head.bias)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return HeadFactors(u, s, vh, weight, offset, kappa)
 
 
-def _separate(head: HeadProblem, batch_size: int | None, given: Tensor | None) -> HeadSeparation:
-    spectrum = factorise(head)
-    rank = numerical_rank(spectrum, tuple(head.grad_weight.shape), head.rounding)  # type: ignore[arg-type]
-    expected = batch_size if given is None else len(given)
-    if expected is not None:
-        rank = min(rank, expected)
-    head.batch_size = rank if expected is None else expected
-    head.weight_known = expected is not None or head.reduction == "sum"
-    truncate(head, spectrum, rank)
-    found = search(head, given)
-    if expected is None:
-        size = _batch_size_of(found, head.reduction)
-        if size is None:  # no batch has such weights: keep what occurs once in a batch of `rank`
-            found = found.take((found.weights * rank - 1).abs() <= WHOLE)
-        head.batch_size = size or rank
-    return _assemble(head, found)
-
-
-def _batch_size_of(found: Found, reduction: str) -> int | None:
-    """The smallest B for which every sample's weight is a multiple of ``1/B`` and they add up to B."""
-    if len(found) == 0:
-        return None
-    if reduction == "sum":
-        return int(found.weights.round().sum())
-    weights = found.weights
-    for size in range(len(found), 8 * len(found) + 1):
-        times = weights * size
-        whole = bool(((times - times.round()).abs() < WHOLE * times).all() & (times.round() >= 1).all())
-        if whole and int(times.round().sum()) == size:
-            return size
-    return None
-
-
-def _assemble(head: HeadProblem, found: Found) -> HeadSeparation:
-    factors, rank, m = head.factors, head.factors.rank, len(found)
+def _assemble(problem: HeadProblem, found: Found, note: str) -> HeadSeparation:
+    head, factors, m = problem.head, problem.factors, len(found)
     x = found.x[:, : head.grad_weight.shape[1]]
-    left = (head.grad_weight - found.delta.mT @ x).norm() / head.grad_weight.norm()
-    if head.grad_bias is not None:
-        left = torch.maximum(left, (head.grad_bias - found.delta.sum(0)).norm() / head.grad_bias.norm())
     # sum_b q_b p_b^T = I, or (the same for m = rank) q_a^T p_b = delta_ab
     p, q = found.x @ factors.vh.mT / factors.s, found.delta @ factors.u
-    pairing = (q @ p.mT - torch.eye(m, dtype=p.dtype, device=p.device)).abs().amax() if m else left
-    bound = min(max(_PAIRING, (head.noise / float(factors.s[-1])) ** 0.5), 0.1)
-    times = (found.weights / head.sample_weight).round().long()
-    complete = m == rank and float(pairing) <= bound and int(times.sum()) == head.batch_size
+    left = head.mismatch(x, found.delta)
+    pairing = float((q @ p.mT - torch.eye(m, dtype=p.dtype, device=p.device)).abs().amax()) if m else left
+    bound = min(max(_PAIRING, (problem.noise / float(factors.s[-1])) ** 0.5), 0.1)
+    counted = _occurrences(problem, found)
+    explained = m == problem.rank and pairing <= bound
+    reason = note or counted.doubt if explained else _reason(problem, found)
     return HeadSeparation(
         inputs=x,
         labels=found.labels,
         grad_logits=found.delta,
         residuals=found.residuals,
-        batch_size=head.batch_size,
-        multiplicities=times,
-        complete=complete,
-        head_residual=float(left),
-        rank=rank,
-        reason="" if complete else _reason(head, found),
-        spare=spare_equations(head, rank),
+        batch_size=counted.batch_size,
+        multiplicities=counted.times,
+        complete=not reason,
+        head_residual=left,
+        rank=problem.rank,
+        reason=reason,
+        spare=problem.spare,
+        scale=counted.scale,
     )
 
 
-def _reason(head: HeadProblem, found: Found) -> str:
-    rank, n = head.factors.rank, head.factors.n_classes
-    if head.batch_size > rank:
+def _occurrences(problem: HeadProblem, found: Found) -> Occurrences:
+    head = problem.head
+    if len(found) == 0:
+        scale = 1.0 if head.scale is None else head.scale
+        none = torch.zeros(0, dtype=torch.int64, device=found.labels.device)
+        return Occurrences(none, problem.batch_size or problem.rank, scale)
+    shares = found.weights / head.loss.class_targets(found.labels, head.n_classes, torch.float64)[1]
+    shares = shares / head.share_of_weight(found.x[:, : head.weight.shape[1]], found.labels)
+    tolerance = min(max(_SHARE, 1e4 * problem.noise / float(problem.factors.s[0])), _COARSE_SHARE)
+    return count_occurrences(
+        shares, found.labels, head.n_classes, head.loss, head.scale, problem.batch_size, tolerance
+    )  # fmt: skip
+
+
+def _reason(problem: HeadProblem, found: Found) -> str:
+    rank, n, size = problem.rank, problem.head.n_classes, problem.batch_size
+    if size is not None and size > rank:
         return (
-            f"{head.batch_size} samples in a gradient of rank {rank}: more than the head's {n - 1} directions, "
+            f"{size} samples in a gradient of rank {rank}: more than the head's {n - 1} directions, "
             f"or samples that depend on each other"
         )
     if len(found) == rank:
         return "the certified samples do not explain the whole gradient"
-    limit = n - (2 if head.factors.kappa is None else 1)
+    limit = n - (2 if problem.factors.kappa is None else 1)
     if rank > limit:
         return f"{rank} samples with {n} classes: at most {limit} leave more equations than unknowns"
+    if problem.head.budget.spent:
+        return f"{len(found)} of {rank} samples certified when the time was over"
     return f"{len(found)} of {rank} samples certified; no further root was found"

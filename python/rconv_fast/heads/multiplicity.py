@@ -1,0 +1,88 @@
+"""How often each separated sample occurs, from the weights with which they stand in the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rconv_fast.losses import Loss
+
+# Repetitions tried of the sample of the least weight.
+_REPEATS = 8
+# A sample that leaves no trace: at most so many of them beside one that does.
+_INVISIBLE = 64
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Repetitions of each sample, the batch's size and scale with them, and why that is not proven (or empty)."""
+
+    times: Tensor
+    batch_size: int
+    scale: float
+    doubt: str = ""
+
+
+def count_occurrences(
+    shares: Tensor, labels: Tensor, n_classes: int, loss: Loss, scale: float | None, batch_size: int | None,
+    tolerance: float,
+) -> Occurrences:  # fmt: skip
+    """The fewest repetitions that explain the samples' weights.
+
+    With ``total`` the batch's total weight, a sample of weight v that occurs t times has the share
+    ``scale t / total`` of v in the gradient. Repetitions that no given batch size confirms are an assumption: clients
+    or classes of unequal weight look alike.
+
+    Parameters
+    ----------
+    shares : Tensor, shape (m,)
+        Weight of each sample in the gradient over its weight in the loss.
+    labels : Tensor, shape (m,), int64
+        Their labels.
+    n_classes : int
+        Number of classes.
+    loss : Loss
+        What the total weight is.
+    scale : float or None
+        Factor of the gradients, if known.
+    batch_size : int, optional
+        If given.
+    tolerance : float
+        Relative accuracy of the shares.
+    """
+    m = len(shares)
+    for times in _repetitions(shares, tolerance):
+        size = int(times.sum())
+        total = loss.total_weight(labels.repeat_interleave(times), n_classes)
+        implied = float((shares / times).mean()) * total
+        if batch_size is not None and size != batch_size:
+            continue
+        if scale is not None and abs(implied / scale - 1) > tolerance:
+            continue
+        doubt = ""
+        if size > m and batch_size is None:
+            doubt = f"read as {size} samples of which some are repeated, which batch_size={size} would confirm"
+        return Occurrences(times, size, implied if scale is None else scale, doubt)
+    ones = torch.ones(m, dtype=torch.int64, device=shares.device)
+    if scale is not None and loss.reduction == "mean" and loss.class_weights is None:
+        size = round(scale / float(shares.mean()))
+        equal = bool(((shares * size / scale - 1).abs() <= tolerance).all())
+        if equal and m < size <= m + _INVISIBLE and batch_size in (None, size):
+            return Occurrences(ones, size, scale, f"{size - m} of {size} samples leave no trace in the gradient")
+    listed = ", ".join(f"{w:.4g}" for w in (shares / shares.sum()).tolist()[:8])
+    doubt = f"the samples stand in the gradient with unequal weights ({listed}): class weights, or several clients"
+    if batch_size is not None and batch_size < m:
+        doubt = f"the gradient holds {m} samples, not {batch_size}"
+    return Occurrences(ones, batch_size if batch_size is not None else m, 1.0 if scale is None else scale, doubt)
+
+
+def _repetitions(shares: Tensor, tolerance: float) -> Iterator[Tensor]:
+    """Whole multiples of the least share that fit all of them, fewest first."""
+    for least in range(1, _REPEATS + 1):
+        real = shares * (least / shares.min())
+        whole = real.round()
+        if bool(((real / whole - 1).abs() <= tolerance).all()):
+            yield whole.long()
