@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from rconv_fast import ConvRecovery, recover_conv_input
 from rconv_fast.constraints.operators import apply_gradient, apply_weight
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve import GradientRows, System, WeightRows, hybrid, preconditioners, rank
+from rconv_fast.solve import GradientRows, System, WeightRows, preconditioners, rank
 from rconv_fast.solve.dissection.factor import DissectionFactor
+from rconv_fast.solve.rows import balance
 from rconv_fast.testing import geometry as make
 
 DOUBLE = {"dtype": torch.float64}
@@ -165,7 +166,7 @@ def dense(system: System) -> Tensor:
 @pytest.mark.parametrize("filters", [1, 2, 3, 9])
 def test_a_factor_proves_full_rank_and_only_that(filters: int) -> None:
     _, system = small(filters)
-    system = hybrid.balance(system, 1.0)
+    system = balance(system, 1.0)
     singular = torch.linalg.svdvals(dense(system))
     condition = rank.factored_condition(system)
     full = system.count >= system.unknowns and float(singular[-1]) > 1e-9 * float(singular[0])

@@ -13,7 +13,7 @@ from attacks import gradients_of, photo, some_labels
 from layers import random_grad_output, random_input, random_weight
 from rconv_fast import invert, match_samples, psnr, recover_conv_input, separate_softmax_batch
 from rconv_fast.constraints.operators import apply_gradient, apply_weight
-from rconv_fast.solve import GradientRows, System, WeightRows, hybrid
+from rconv_fast.solve import GradientRows, System, WeightRows, plan
 from rconv_fast.testing import geometry as make
 
 pytestmark = pytest.mark.cuda
@@ -68,7 +68,7 @@ layer("dissection", 12, 1.1)
 def test_one_layer_as_on_the_cpu(name: str, inverted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the plans of the CPU, and with small systems inverted as a GPU does it."""
     if not inverted:
-        monkeypatch.setitem(hybrid.MAX_INVERTED_UNKNOWNS, "cuda", 0)
+        monkeypatch.setitem(plan.MAX_INVERTED_UNKNOWNS, "cuda", 0)
     given = LAYERS[name]()
     x = given.pop("x")
     options = {"input_size": (16, 16), "stride": 2, "padding": 2}
@@ -89,11 +89,12 @@ def test_a_layer_large_enough_for_float32_products() -> None:
     x, weight = random_input(g, 1, dtype=torch.float64), random_weight(g, dtype=torch.float64)
     grad, output = random_grad_output(g, 1, dtype=torch.float64), apply_weight(g, x, weight)
     given = {"grad_weight": apply_gradient(g, x, grad), "grad_output": grad, "weight": weight, "output": output}
-    torch.backends.cudnn.allow_tf32 = True  # torch's default, which the solver must not inherit
-    found = recover_conv_input(**{k: v.cuda() for k, v in given.items()}, input_size=(96, 96), padding=1)
-    assert "float32" in found.solver
-    assert found.residual < 1e-12
-    assert psnr(found.input.cpu(), x) > 200
+    for rounded in (False, True):  # the second is torch's default: products in float64 then
+        torch.backends.cudnn.allow_tf32 = rounded
+        found = recover_conv_input(**{k: v.cuda() for k, v in given.items()}, input_size=(96, 96), padding=1)
+        assert ("float32" in found.solver) != rounded
+        assert found.residual < 1e-12
+        assert psnr(found.input.cpu(), x) > 200
 
 
 def test_a_head_as_on_the_cpu() -> None:

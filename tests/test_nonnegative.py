@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import rconv_fast
 from rconv_fast.solve import Evidence, MapRows, Solution, System, nonnegative, solve, solve_nonnegative
-from rconv_fast.solve.hybrid import balance
 from rconv_fast.solve.nonnegative import certificate, has_full_rank
+from rconv_fast.solve.rows import balance
 
 TOLERANCE = 1e-9
 

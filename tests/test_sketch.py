@@ -11,9 +11,10 @@ from torch import Tensor
 from layers import random_grad_output, random_input, random_weight
 from rconv_fast.constraints.operators import apply_gradient, apply_weight
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve import GradientRows, PointRows, System, WeightRows, hybrid, preconditioners, solve
+from rconv_fast.solve import GradientRows, PointRows, System, WeightRows, preconditioners, solve
 from rconv_fast.solve.dissection.sketch import SketchRows, sketch_size
 from rconv_fast.solve.preconditioners import SketchedDissection
+from rconv_fast.solve.rows import balance
 from rconv_fast.testing import geometry as make
 from rconv_fast.testing import random_geometry
 
@@ -76,7 +77,7 @@ def test_no_more_combinations_than_rows() -> None:
 @pytest.mark.parametrize("g", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 def test_the_preconditioner_inverts_its_system(g: ConvGeometry, share: float) -> None:
     _, gradient, outputs = rows_of(g, 2, share)
-    system = hybrid.balance(System((2, g.in_channels, *g.input_size), (gradient, outputs)), 1.0)
+    system = balance(System((2, g.in_channels, *g.input_size), (gradient, outputs)), 1.0)
     preconditioner = SketchedDissection.create(system)
     matrix = matrix_of(preconditioner.system)
     v = torch.randn(system.shape, **DOUBLE)
@@ -86,7 +87,7 @@ def test_the_preconditioner_inverts_its_system(g: ConvGeometry, share: float) ->
 
 def test_a_sketch_solved_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     _, gradient, outputs = rows_of(GEOMETRIES["square 5x5 stride 2"], 2)
-    system = hybrid.balance(System(torch.Size((2, 3, 12, 12)), (gradient, outputs)), 1.0)
+    system = balance(System(torch.Size((2, 3, 12, 12)), (gradient, outputs)), 1.0)
     whole = SketchedDissection.create(system).z
     monkeypatch.setattr(preconditioners, "TOGETHER", 5)
     assert whole.shape == (864, 42)
@@ -99,7 +100,7 @@ def test_weight_rows_that_are_singular_are_completed_by_the_sketch() -> None:
     weight = outputs.weight.clone()
     weight[-1] = weight[0]  # 36 of 432 equations say the same as others
     repeated = WeightRows.create(g, weight, apply_weight(g, x, weight), torch.ones_like(outputs.rhs))
-    system = hybrid.balance(System(x.shape, (gradient, repeated)), 1.0)
+    system = balance(System(x.shape, (gradient, repeated)), 1.0)
     preconditioner = SketchedDissection.create(system)
     assert preconditioner is not None
     assert not preconditioner.proven
@@ -118,7 +119,7 @@ def test_weight_rows_alone_need_no_sketch() -> None:
             (WeightRows.create(outputs.geometry, outputs.weight, outputs.rhs, torch.rand_like(outputs.rhs) + 0.5),),
         ),
     ):
-        preconditioner = SketchedDissection.create(hybrid.balance(system, 1.0))
+        preconditioner = SketchedDissection.create(balance(system, 1.0))
         assert preconditioner is not None
         assert preconditioner.system.blocks[0].count == 0
     found = solve(System(x.shape, (outputs,)), solver="hybrid")
@@ -133,6 +134,6 @@ def test_the_estimate_and_the_factor_agree_on_what_is_shared() -> None:
         weight[1, 0, 0, 0] = changed
         unlike = WeightRows.create(outputs.geometry, outputs.weight, outputs.rhs, weight)
         assert not unlike.uniform
-        system = hybrid.balance(System(torch.Size((2, 3, 12, 12)), (unlike,)), 1.0)
+        system = balance(System(torch.Size((2, 3, 12, 12)), (unlike,)), 1.0)
         preconditioner = SketchedDissection.create(system)
         assert preconditioner is None or len(preconditioner.factors) == 2

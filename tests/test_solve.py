@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layers import gradient_matrix, random_grad_output, random_input, random_weight
+from rconv_fast.budget import Budget
 from rconv_fast.constraints.operators import apply_gradient, apply_weight
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.solve import (
@@ -21,8 +23,10 @@ from rconv_fast.solve import (
     System,
     WeightRows,
     hybrid,
+    plan,
     precision,
     solve,
+    solve_nonnegative,
 )
 from rconv_fast.solve.dense import PseudoInverse
 from rconv_fast.solve.krylov import refine
@@ -37,6 +41,7 @@ from rconv_fast.solve.preconditioners import (
     normal_inverse,
     phase_cholesky,
 )
+from rconv_fast.solve.rows import balance
 from rconv_fast.testing import geometry as make
 from rconv_fast.testing import random_geometry
 
@@ -266,9 +271,9 @@ def test_hybrid_is_the_dense_least_squares_solution(geometry: ConvGeometry) -> N
 
 
 def test_small_systems_are_inverted_as_on_a_gpu(geometry: ConvGeometry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hybrid.MAX_INVERTED_UNKNOWNS, "cpu", 4096)
+    monkeypatch.setitem(plan.MAX_INVERTED_UNKNOWNS, "cpu", 4096)
     case = Case(geometry, 2, live=0.7)
-    matrix, _ = dense(hybrid.balance(case.system(), 1.0))
+    matrix, _ = dense(balance(case.system(), 1.0))
     condition = float(torch.linalg.cond(matrix)) if len(matrix) >= matrix.shape[1] else math.inf
     solver = check_hybrid(case, case.system())
     assert (solver == "cgls+inverse") == (condition < MAX_INVERTED_CONDITION)
@@ -276,7 +281,7 @@ def test_small_systems_are_inverted_as_on_a_gpu(geometry: ConvGeometry, monkeypa
 
 def test_an_ill_conditioned_system_is_not_inverted() -> None:
     case = half_blind(Case(make((2, 8), (8, 8), 3, stride=2, padding=1)))
-    assert normal_inverse(hybrid.balance(case.system(), 1.0)) is None, "values that no equation fixes"
+    assert normal_inverse(balance(case.system(), 1.0)) is None, "values that no equation fixes"
     weight = torch.ones(1, 1, 6, **DOUBLE)
     nearly = WeightRows(make((1, 1), (6,), 1), torch.ones(1, 1, 1, **DOUBLE), weight, weight)
     for least, inverted in ((1e-5, True), (1e-7, False)):
@@ -285,7 +290,7 @@ def test_an_ill_conditioned_system_is_not_inverted() -> None:
 
 
 def test_neither_float32_nor_a_map_is_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hybrid.MAX_INVERTED_UNKNOWNS, "cpu", 4096)
+    monkeypatch.setitem(plan.MAX_INVERTED_UNKNOWNS, "cpu", 4096)
     case = Case(make((3, 16), (12, 12), 5, stride=2, padding=2))
     every = MapRows.create(lambda x: x, case.x.shape, case.x, torch.ones_like(case.x))
     single = System(case.x.shape, tuple(block.to(torch.float32) for block in (case.gradient, case.outputs)))
@@ -313,7 +318,7 @@ WIDE = make((3, 16), (12, 12), 5, stride=2, padding=2)
 @pytest.mark.parametrize("kind", ["jacobi", "phase-cholesky", "dissection", "inverse"])
 def test_every_preconditioner_leads_to_the_same_answer(kind: str) -> None:
     case = Case(WIDE, 2)
-    system = hybrid.balance(case.system(), 1.0)
+    system = balance(case.system(), 1.0)
     if kind == "jacobi":
         preconditioner = jacobi(system, torch.float64)
     elif kind == "phase-cholesky":
@@ -420,7 +425,7 @@ def test_a_map_that_holds_parameters_gives_rows_without_a_graph() -> None:
 
 
 def test_a_map_that_holds_parameters_keeps_their_dtype_in_a_mixed_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid, "MIXED_PRECISION_UNKNOWNS", 0)
+    monkeypatch.setattr(plan, "MIXED_PRECISION_UNKNOWNS", 0)
     layer = torch.nn.Linear(12, 40).double()
     x = torch.randn(1, 12, 1, **DOUBLE)
     rows = MapRows.create(
@@ -476,10 +481,10 @@ def test_solving_in_float32() -> None:
 
 @pytest.mark.parametrize("filters", [6, 40], ids=["jacobi", "phase-cholesky"])
 def test_float32_products_do_not_cost_accuracy(filters: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid, "MIXED_PRECISION_UNKNOWNS", 1)
+    monkeypatch.setattr(plan, "MIXED_PRECISION_UNKNOWNS", 1)
     case = Case(make((4, filters), (12, 12), 3, padding=1), 2)
     if filters == 6:
-        monkeypatch.setattr(hybrid, "CHEAP_DISSECTION_FLOPS", 0.0)
+        monkeypatch.setattr(plan, "JACOBI_FLOPS", 0.0)
         case.g[:, 1:] = 0
     solution = solve(case.system(), solver="hybrid", rtol=1e-14)
     assert solution.solver.endswith("+float32")
@@ -496,7 +501,7 @@ def test_float32_products_do_not_cost_accuracy(filters: int, monkeypatch: pytest
 def test_the_probe_marks_exactly_what_is_open(shape: tuple, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Systems too large to be decided by eigenvalues: a random vector is projected on the row space."""
     monkeypatch.setattr(hybrid, "MAX_DENSE_UNKNOWNS", 0)
-    monkeypatch.setattr(hybrid, "MIXED_PRECISION_UNKNOWNS", 0 if mixed else 10**9)
+    monkeypatch.setattr(plan, "MIXED_PRECISION_UNKNOWNS", 0 if mixed else 10**9)
     channels, size, kernel, stride = shape
     case = half_blind(Case(make(channels, size, kernel, stride=stride), 2))
     expected = reference(case.system())
@@ -518,21 +523,41 @@ def test_equations_that_contradict_each_other_show_in_the_residual() -> None:
         assert solution.residual > 1e-3
 
 
-def test_solves_do_not_round_to_tf32_and_leave_the_choice_as_it_was() -> None:
-    place, name = precision._PLACES[0], precision._NAME
-    before, seen = getattr(place, name), []
+def test_the_process_keeps_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("a solve changes a setting of the whole process")
+
+    kinds = {type(torch.backends.cudnn), type(torch.backends.cuda.matmul)}
+    kinds |= {type(torch.backends.cudnn.conv)} if hasattr(torch.backends.cudnn, "conv") else set()
+    for kind in kinds:
+        monkeypatch.setattr(kind, "__setattr__", forbidden)
     case = Case(make((3, 32), (12, 12), 3, stride=2, padding=1))
+    assert solve(case.system(), solver="hybrid", rtol=RTOL).converged
 
-    def look(_: int, __: float) -> None:
-        seen.append(getattr(place, name))
 
-    solve(case.system(), solver="hybrid", rtol=RTOL, progress=look)
-    assert seen
-    assert set(seen) == {precision._EXACT}
-    assert getattr(place, name) == before
-    with pytest.raises(RuntimeError, match="inside"), precision.exact_float32():
-        raise RuntimeError("inside")
-    assert getattr(place, name) == before
+@pytest.mark.parametrize("exact", [True, False])
+def test_float32_products_that_are_rounded_are_not_used(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in (plan, precision):
+        monkeypatch.setattr(place, "float32_is_exact", lambda _: exact)
+    monkeypatch.setattr(plan, "MIXED_PRECISION_UNKNOWNS", 1)
+    case = Case(make((4, 6), (12, 12), 3, padding=1), 2)
+    assert solve(case.system(), solver="hybrid").solver.endswith("+float32") == exact
+    single = System(case.x.shape, tuple(block.to(torch.float32) for block in (case.gradient, case.outputs)))
+    solution = solve(single, solver="hybrid", rtol=1e-6)
+    assert solution.x.dtype == torch.float32
+    assert float((solution.x - case.x).abs().max()) < 1e-4
+
+
+def test_a_spent_budget_ends_every_loop() -> None:
+    case = Case(make((3, 5), (60, 60), 5, stride=2, padding=2))
+    start = time.perf_counter()
+    found = solve(case.system(), solver="hybrid", budget=Budget.seconds(0.0))
+    assert time.perf_counter() - start < 5
+    assert not found.converged
+    assert not found.determined.any()
+    assert found.proof == "none"
+    open_still = solve_nonnegative(case.system(), found, tolerance=1e-9, budget=Budget.seconds(0.0))
+    assert not open_still.determined.any()
 
 
 # By eigenvalues

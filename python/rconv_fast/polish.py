@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rconv_fast.solve.conjugate import LeastSquares
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 # Conjugate-gradient iterations a Gauss-Newton step; each costs about four forward passes.
@@ -88,23 +90,14 @@ def _gauss_newton_step(residual: Callable[[Tensor], list[Tensor]], x: Tensor) ->
         return [part.detach() for part in parts]
 
     r = [-part.detach() for part in r0]
-    step = torch.zeros_like(x)
-    p = s = transpose(r)
-    gamma = start = float(s.square().sum())
+    state = LeastSquares(forward, transpose, r)
+    goal = 1e-24 * float(state.gamma)
     for _ in range(INNER_ITERATIONS):
-        q = forward(p)
-        curvature = sum(float(part.square().sum()) for part in q)
-        if not curvature > 0:
+        if not float(state.gamma) > goal:
             break
-        alpha = gamma / curvature
-        step = step + alpha * p
-        r = [ri - alpha * qi for ri, qi in zip(r, q, strict=True)]
-        s = transpose(r)
-        gamma, previous = float(s.square().sum()), gamma
-        p = s + gamma / previous * p
-        if not gamma > 1e-24 * start:
-            break
-    return step
+        state.step()
+        state.turn()
+    return state.x
 
 
 def _norm(parts: list[Tensor]) -> float:

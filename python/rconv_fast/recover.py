@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rconv_fast.budget import Budget
 from rconv_fast.errors import require, require_type
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.solve import SOLVERS, Evidence, GradientRows, HasEvidence, Rows, System, WeightRows, solve
@@ -51,6 +52,7 @@ def recover_conv_input(
     solver: str = "auto",
     rtol: float | None = None,
     dtype: torch.dtype = torch.float64,
+    time_limit: float | None = None,
 ) -> ConvRecovery:
     r"""Solve a convolution's gradient constraints, and weight constraints of known outputs, for its input.
 
@@ -81,6 +83,8 @@ def recover_conv_input(
         counts as undetermined. By default the rounding of `dtype`.
     dtype : torch.dtype
         Working precision of the solve.
+    time_limit : float, optional
+        Seconds after which iterations end with what they have, of which nothing counts as determined.
 
     Returns
     -------
@@ -113,7 +117,7 @@ def recover_conv_input(
         function, grad_weight, grad_output, input_size, outputs, (stride, padding, dilation), groups, dtype
     )
     tolerance = 4 * torch.finfo(dtype).eps if rtol is None else rtol
-    found = solve(system, solver=solver, rtol=tolerance)
+    found = solve(system, solver=solver, rtol=tolerance, budget=Budget.seconds(time_limit))
     return ConvRecovery(found.x.to(grad_output.dtype), found.determined, found.evidence)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+from rconv_fast.budget import Budget
 from rconv_fast.memory import available_bytes, require_memory
 from rconv_fast.solve.hybrid import solve_hybrid
-from rconv_fast.solve.krylov import Progress
+from rconv_fast.solve.krylov import NO_LIMIT, Progress
 from rconv_fast.solve.nonnegative import solve_nonnegative
 from rconv_fast.solve.phases.solve import count_phases, direct_bytes, solve_by_phases
-from rconv_fast.solve.precision import exact_float32
+from rconv_fast.solve.precision import in_exact_products
 from rconv_fast.solve.prior import PRIORS, apply_prior
 from rconv_fast.solve.rows import GradientRows, MapRows, PointRows, Rows, System, WeightRows, norm
 from rconv_fast.solve.solution import Evidence, HasEvidence, Solution
@@ -38,20 +39,22 @@ SOLVERS = ("auto", "direct", "hybrid")
 MAX_DIRECT_CONDITION = 3e4
 
 
-@exact_float32()
+@in_exact_products
 def solve(
     system: System,
     *,
     solver: str = "auto",
     rtol: float = 1e-14,
     max_iterations: int | None = None,
+    budget: Budget = NO_LIMIT,
     progress: Progress | None = None,
 ) -> Solution:
     """Solve all rows of one layer input.
 
     ``solver="direct"`` uses the gradient rows alone, phase by phase; ``"hybrid"`` all rows; ``"auto"`` is
     direct where the gradient rows alone can have full rank in every phase (or where nothing else is known),
-    else hybrid. `max_iterations` bounds the hybrid's, for a caller who knows what else to try.
+    else hybrid. `max_iterations` bounds the hybrid's, for a caller who knows what else to try; when `budget` is spent
+    the solution is what there is by then, not converged and of unknown rank.
     """
     gradient = [block for block in system.blocks if isinstance(block, GradientRows)]
     others = [block for block in system.blocks if not isinstance(block, GradientRows) and block.count]
@@ -69,7 +72,7 @@ def solve(
         require_memory("recover_conv_input", "the direct solver", direct_bytes(gradient[0]), device)
         return solve_by_phases(gradient[0], system.shape, rtol)
     _require_vectors(system)
-    return solve_hybrid(system, rtol=rtol, max_iterations=max_iterations, progress=progress)
+    return solve_hybrid(system, rtol=rtol, max_iterations=max_iterations, budget=budget, progress=progress)
 
 
 # The iteration keeps this many copies of the unknown and of the rows, float32 shadows and products included.

@@ -13,12 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.hybrid import GRADIENT_COVERAGE, balance, coverage
-from rconv_fast.solve.krylov import Preconditioner, refine
+from rconv_fast.solve.conjugate import Preconditioner
+from rconv_fast.solve.krylov import refine
 from rconv_fast.solve.norm_conv import NormalisedConv, hidden_classes
 from rconv_fast.solve.normalised import OffsetRows, TangentRows
+from rconv_fast.solve.plan import covered
 from rconv_fast.solve.preconditioners import jacobi, phase_cholesky
-from rconv_fast.solve.rows import Rows, System
+from rconv_fast.solve.rows import Rows, System, balance
 from rconv_fast.solve.solution import Solution
 
 # A round squares the error of the last, down to what its own solve leaves: below this residual one more is exact.
@@ -125,7 +126,7 @@ def _preconditioner(system: System) -> Preconditioner:
     """Of the system with each g taken as it is at the point."""
     fixed = replace(system, blocks=tuple(b.main if isinstance(b, TangentRows) else b for b in system.blocks))
     by_phase = None
-    if system.support is None and coverage(fixed) >= GRADIENT_COVERAGE:
+    if covered(fixed):
         by_phase = phase_cholesky(fixed, system.rhs[0].dtype)
     return jacobi(fixed, system.rhs[0].dtype) if by_phase is None else by_phase
 

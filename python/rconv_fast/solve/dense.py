@@ -77,6 +77,15 @@ def row_matrix(system: System, free: Tensor) -> Tensor:
     return torch.stack(rows) if rows else units[0].new_zeros(0, int(free.sum()))
 
 
+# Eigenvalues and eigenvectors take about ten n^3 flops, at a rate that one core reaches.
+EIGEN_FLOPS, FLOPS_A_SECOND = 10.0, 5e9
+
+
+def eigen_seconds(n: int) -> float:
+    """How long the eigenvalues and eigenvectors of an (n, n) matrix take."""
+    return EIGEN_FLOPS * n**3 / FLOPS_A_SECOND
+
+
 def _eigen(normal: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of a positive semidefinite matrix."""
     try:

@@ -1,9 +1,8 @@
-"""Preconditioned conjugate gradients for least squares, with reliable updates.
+"""Preconditioned conjugate gradients for least squares, with reliable updates: the rules by which they stop.
 
-``min ||b - M x||`` by CGLS (Hestenes and Stiefel 1952; Bjorck 1996, section 7.4) with a preconditioner P of
-the normal matrix ``M^T M``. Each time the residual has fallen by a set factor it is computed anew from x,
-while the search direction is kept: products may then be done in float32 and the answer is still exact to
-float64 (residual replacement, Sleijpen and van der Vorst 1996; van der Vorst and Ye 2000).
+Each time the residual has fallen by a set factor it is computed anew from x, while the search direction is kept:
+products may then be done in float32 and the answer is still exact to float64 (residual replacement, Sleijpen and van
+der Vorst 1996; van der Vorst and Ye 2000).
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rconv_fast.budget import Budget
+from rconv_fast.solve.conjugate import LeastSquares, Preconditioner
 from rconv_fast.solve.rows import System, norm
 
-Preconditioner = Callable[[Tensor], Tensor]
 Progress = Callable[[int, float], None]
 
 
@@ -55,6 +55,8 @@ ROUNDING_UNITS = 16
 STALL = 0.5
 # Where each iteration gains this factor, the correction that is left after a small one is smaller still.
 FAST = 0.1
+# Without one, loops go on.
+NO_LIMIT = Budget()
 
 
 def refine(
@@ -69,6 +71,7 @@ def refine(
     progress: Progress | None = None,
     accept: Callable[[Tensor], bool] | None = None,
     accept_every: int = 10,
+    budget: Budget = NO_LIMIT,
 ) -> KrylovResult:
     """Solve ``min ||rhs - M x||`` from 0.
 
@@ -92,6 +95,8 @@ def refine(
         Called with the iteration and an estimate of ``||r|| / ||rhs||``.
     accept : callable, optional
         Looks at x every `accept_every` iterations and may end the iteration.
+    budget : Budget
+        Stop when it is spent.
     """
     rhs = system.rhs if rhs is None else rhs
     scale = norm(rhs)
@@ -100,81 +105,87 @@ def refine(
         return KrylovResult(x, 0, 0.0, True)
     inner = system if inner_dtype in (None, rhs[0].dtype) else system.to(inner_dtype)
     dtype = inner.rhs[0].dtype
-    floor = ROUNDING_UNITS * torch.finfo(dtype).eps
+    floor, rounding = (ROUNDING_UNITS * torch.finfo(d).eps for d in (dtype, x.dtype))
     check, unchecked = 1, MAX_UNCHECKED.get(x.device.type, 1)
     size = scale  # the inner iteration works in units of the last recomputed residual
-    r = [(part / size).to(dtype) for part in rhs]
-    step = torch.zeros_like(x, dtype=dtype)
-    s = inner.adjoint(r)
-    z = preconditioner(s)
-    p = z.clone()
-    gamma = torch.sum(s * z)
-    reference = start = math.sqrt(max(float(gamma), 0.0))
+    inside = LeastSquares(inner.apply, inner.adjoint, [(part / size).to(dtype) for part in rhs], preconditioner)
+    reference = start = _root(float(inside.gamma))
     if start <= floor:
         return KrylovResult(x, 0, 1.0, True)
-    best, best_iteration, iteration, renewed_once, converged = 1.0, 0, 0, False, False
+    plateau, iteration, renewed_once, converged = Plateau(), 0, False, False
     try:
         while iteration < max_iterations:
             iteration += 1
-            q = inner.apply(p)
-            alpha = gamma / sum(torch.sum(part * part) for part in q)
-            step.addcmul_(p, alpha)
-            r = [ri.addcmul(qi, alpha, value=-1) for ri, qi in zip(r, q, strict=True)]
-            s = inner.adjoint(r)
-            z = preconditioner(s)
-            gamma, previous = torch.sum(s * z), gamma
-            if accept is not None and iteration % accept_every == 0 and accept(x + step.to(x.dtype) * size):
+            inside.step()
+            if accept is not None and iteration % accept_every == 0 and accept(x + inside.x.to(x.dtype) * size):
                 converged = True
                 break
             if iteration in (check, max_iterations):
                 check += min(unchecked, 1 + int(CHECK_SHARE * iteration))
-                squared, before = torch.stack([gamma, previous]).tolist()  # synchronize!
-                now = math.sqrt(max(squared, 0.0))
+                squared, before = torch.stack([inside.gamma, inside.before]).tolist()  # synchronize!
+                now = _root(squared)
                 relative = now / start * size / scale
                 if progress is not None:
                     progress(iteration, relative)
-                if not math.isfinite(relative):
+                if not math.isfinite(relative) or budget.spent:
                     break
-                if relative < best / 2:
-                    best, best_iteration = relative, iteration
-                fast = squared < FAST**2 * before
-                if renewed_once and fast and relative < ROUNDING_UNITS * torch.finfo(x.dtype).eps:
+                plateau.look(iteration, relative)
+                if renewed_once and squared < FAST**2 * before and relative < rounding:
                     converged = True
                     break
                 if now <= max(inner_rtol * reference, floor):
                     renewed_once = True
-                    x = x + step.to(x.dtype) * size
+                    x = x + inside.x.to(x.dtype) * size
                     residual = [bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]
                     renewed, last = norm(residual), reference * size
                     factor, size = size / renewed if renewed > 0 else 0.0, renewed
-                    step.zero_()
+                    inside.x.zero_()
                     if size <= rtol * scale:
                         return KrylovResult(x, iteration, size / scale, True)
-                    r = [(part / size).to(dtype) for part in residual]
-                    p, previous = p * factor, previous * factor**2
-                    s = inner.adjoint(r)
-                    z = preconditioner(s)
-                    gamma = torch.sum(s * z)
-                    reference = math.sqrt(max(float(gamma), 0.0))
+                    inside.renew([(part / size).to(dtype) for part in residual], factor)
+                    reference = _root(float(inside.gamma))
                     if reference <= floor or reference * size > STALL * last:
                         return KrylovResult(x, iteration, size / scale, True)
-                elif iteration - best_iteration > _patience(best, best_iteration, iteration):
-                    converged = best < DEEP
+                elif plateau.over(iteration):
+                    converged = plateau.deep
                     break
-            p = torch.addcmul(z, p, gamma / previous)
+            inside.turn()
     except KeyboardInterrupt:
-        raise InterruptedSolve(x + step.to(x.dtype) * size) from None
-    x = x + step.to(x.dtype) * size
+        raise InterruptedSolve(x + inside.x.to(x.dtype) * size) from None
+    x = x + inside.x.to(x.dtype) * size
     final = norm([bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]) / scale
     return KrylovResult(x, iteration, final, converged)
 
 
-def _patience(best: float, best_iteration: int, iteration: int) -> float:
-    """Iterations without halving the residual that are normal for one that has gone like this."""
-    if best < DEEP:
-        return PATIENCE_AT_ROUNDING
-    most = PATIENCE + iteration // 2
-    if best == 1.0:
-        return most
-    usual = best_iteration / math.log2(1 / best)
-    return min(most, max(PATIENCE_AT_ROUNDING, LONG_PLATEAU * usual))
+def _root(gamma: float) -> float:
+    """``||P^-1/2 M^T r||`` from its square, which rounding may make negative."""
+    return math.sqrt(max(gamma, 0.0))
+
+
+@dataclass
+class Plateau:
+    """How long a residual has not halved, and how long is normal for one that has gone like this."""
+
+    best: float = 1.0
+    since: int = 0
+
+    def look(self, iteration: int, relative: float) -> None:
+        """Take note of the residual after an iteration."""
+        if relative < self.best / 2:
+            self.best, self.since = relative, iteration
+
+    @property
+    def deep(self) -> bool:
+        """Whether it has fallen so far that what does not fall any more is rounding."""
+        return self.best < DEEP
+
+    def over(self, iteration: int) -> bool:
+        """Whether waiting longer is of no use."""
+        most = PATIENCE + iteration // 2
+        patience: float = most
+        if self.deep:
+            patience = PATIENCE_AT_ROUNDING
+        elif self.best < 1.0:
+            usual = self.since / math.log2(1 / self.best)
+            patience = min(most, max(PATIENCE_AT_ROUNDING, LONG_PLATEAU * usual))
+        return iteration - self.since > patience

@@ -30,12 +30,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.hybrid import MIXED_PRECISION_UNKNOWNS, balance
-from rconv_fast.solve.krylov import Progress, refine
-from rconv_fast.solve.precision import exact_float32
+from rconv_fast.budget import Budget
+from rconv_fast.solve.krylov import NO_LIMIT, Progress, refine
+from rconv_fast.solve.plan import MIXED_PRECISION_UNKNOWNS
+from rconv_fast.solve.precision import in_exact_products
 from rconv_fast.solve.preconditioners import jacobi
 from rconv_fast.solve.rank import Accept, probe
-from rconv_fast.solve.rows import System
+from rconv_fast.solve.rows import System, balance
 from rconv_fast.solve.solution import Solution
 
 # Sweeps of the pivoting, each a Krylov solve of so many iterations.
@@ -66,9 +67,14 @@ class Pivoted:
     iterations: int
 
 
-@exact_float32()
+@in_exact_products
 def solve_nonnegative(
-    system: System, solution: Solution, *, tolerance: float, progress: Progress | None = None
+    system: System,
+    solution: Solution,
+    *,
+    tolerance: float,
+    budget: Budget = NO_LIMIT,
+    progress: Progress | None = None,
 ) -> Solution:
     """Find the non-negative solution, and whether it is the only one.
 
@@ -80,6 +86,8 @@ def solve_nonnegative(
         What the equations alone gave; the starting point.
     tolerance : float
         Relative residual up to which an answer satisfies the equations.
+    budget : Budget
+        When it is spent, what is proven by then is returned.
     progress : callable, optional
         Called with the iteration and the relative residual.
 
@@ -98,15 +106,15 @@ def solve_nonnegative(
     if not any(bool(part.any()) for part in system.rhs):
         return solution
     balanced = balance(system, 1.0)
-    found = pivot(balanced, _support(system), solution.x, _stalling(tolerance), progress)
+    found = pivot(balanced, _support(system), solution.x, _stalling(tolerance), budget, progress)
     if found.residual > tolerance:
         return solution
     positive = found.x > _threshold(found.x)
-    x, spent = _solve_on(balanced, positive, found.x * positive)
+    x, spent = _solve_on(balanced, positive, found.x * positive, budget)
     residual = balanced.residual(x)
     if residual > tolerance or float(x.min()) < -_threshold(found.x):
         return solution
-    unique = has_full_rank(balanced, positive) and certificate(balanced, positive) is not None
+    unique = has_full_rank(balanced, positive, budget) and certificate(balanced, positive, budget) is not None
     evidence = replace(
         solution.evidence,
         residual=residual,
@@ -141,6 +149,7 @@ def pivot(
     bounded: Tensor,
     x: Tensor,
     done: Callable[[Pivoted], bool],
+    budget: Budget = NO_LIMIT,
     progress: Progress | None = None,
 ) -> Pivoted:
     """``min ||M x - b||`` with ``x >= 0`` where `bounded`, from `x`, until `done` with an unclipped solve."""
@@ -154,13 +163,13 @@ def pivot(
     misfit = _misfit(system, x)
     free = support & (~bounded | (x > 0) | (system.adjoint(misfit) < 0))
     for sweep in range(MAX_SWEEPS):
-        target, spent = _solve_on(system, free, x, SWEEP_ITERATIONS, mixed=True)
+        target, spent = _solve_on(system, free, x, budget, SWEEP_ITERATIONS, mixed=True)
         iterations += spent
         missed = _misfit(system, target)
         state = Pivoted(target, missed, _norm(missed) / scale, iterations)
         if progress is not None:
             progress(iterations, state.residual)
-        if done(state):
+        if done(state) or budget.spent:
             break
         if sweep < EXCHANGES:
             x = clipped(target)
@@ -194,7 +203,13 @@ def _norm(parts: list[Tensor]) -> float:
 
 
 def _solve_on(
-    system: System, support: Tensor, start: Tensor, iterations: int = EXACT_ITERATIONS, *, mixed: bool = False
+    system: System,
+    support: Tensor,
+    start: Tensor,
+    budget: Budget,
+    iterations: int = EXACT_ITERATIONS,
+    *,
+    mixed: bool = False,
 ) -> tuple[Tensor, int]:
     """Least squares on the values of `support`, the others 0, by correcting `start`; also the iterations."""
     restricted = replace(system, support=support)
@@ -208,6 +223,7 @@ def _solve_on(
         inner_rtol=1e-4 if coarse else 1e-8,
         rtol=1e-15,
         max_iterations=iterations,
+        budget=budget,
     )
     return start + result.x, result.iterations
 
@@ -218,7 +234,7 @@ def _support(system: System) -> Tensor:
     return torch.ones(system.shape, dtype=torch.bool, device=system.rhs[0].device)
 
 
-def has_full_rank(system: System, support: Tensor) -> bool:
+def has_full_rank(system: System, support: Tensor, budget: Budget = NO_LIMIT) -> bool:
     """Whether ``M_P`` has full column rank: ``M_P x = M_P z`` gives random z back."""
     restricted = replace(system, support=support)
 
@@ -231,6 +247,7 @@ def has_full_rank(system: System, support: Tensor) -> bool:
             rtol=1e-15,
             max_iterations=EXACT_ITERATIONS,
             accept=accept,
+            budget=budget,
         ).x
 
     return bool(probe(restricted, recover).all())
@@ -277,7 +294,7 @@ class SumRow:
         return SumRow(self.mask.to(dtype), self.rhs.to(dtype))
 
 
-def certificate(system: System, positive: Tensor) -> Tensor | None:
+def certificate(system: System, positive: Tensor, budget: Budget = NO_LIMIT) -> Tensor | None:
     """A combination of the equations that proves ``{M x = b, x >= 0}`` to be one point, or None.
 
     Parameters
@@ -309,9 +326,9 @@ def certificate(system: System, positive: Tensor) -> Tensor | None:
         w = multipliers(state.misfit)
         return float(w[zero].min()) > POSITIVE and float((w * positive).abs().max()) < POSITIVE
 
-    state = pivot(farkas, zero, start, signed)
+    state = pivot(farkas, zero, start, signed, budget)
     # The same to rounding: on the values left free M^T (M d - b) is then 0, and the others have room.
-    d, _ = _solve_on(farkas, positive | (state.x != 0), state.x)
+    d, _ = _solve_on(farkas, positive | (state.x != 0), state.x, budget)
     w = multipliers(_misfit(farkas, d))
     proven = float(w[zero].min()) > POSITIVE and float((w * positive).abs().max()) < NEARLY_ZERO
     return w if proven else None

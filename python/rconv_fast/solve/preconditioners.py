@@ -11,10 +11,10 @@ from torch import Tensor
 from rconv_fast.constraints.operators import apply_weight, apply_weight_adjoint
 from rconv_fast.errors import LinAlgError
 from rconv_fast.geometry import ConvGeometry
+from rconv_fast.solve.conjugate import Preconditioner
 from rconv_fast.solve.dense import normal_matrix
 from rconv_fast.solve.dissection.factor import DissectionFactor
 from rconv_fast.solve.dissection.sketch import SketchRows
-from rconv_fast.solve.krylov import Preconditioner
 from rconv_fast.solve.phases.factors import GramFactor
 from rconv_fast.solve.phases.gram import gram_condition, sum_of
 from rconv_fast.solve.rank import norm_bound

@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.dense import PseudoInverse
-from rconv_fast.solve.hybrid import balance
-from rconv_fast.solve.krylov import refine
-from rconv_fast.solve.precision import exact_float32
+from rconv_fast.budget import Budget
+from rconv_fast.solve.conjugate import Symmetric
+from rconv_fast.solve.dense import PseudoInverse, eigen_seconds
+from rconv_fast.solve.krylov import NO_LIMIT, refine
+from rconv_fast.solve.precision import in_exact_products
 from rconv_fast.solve.preconditioners import jacobi
-from rconv_fast.solve.rows import System, WeightRows
+from rconv_fast.solve.rows import System, WeightRows, balance
 from rconv_fast.solve.solution import Solution
 
 PRIORS = (None, "box", "nonnegative", "tv")
@@ -61,8 +62,15 @@ class Term:
 Step = Callable[[Tensor], Tensor]
 
 
-@exact_float32()
-def apply_prior(system: System, solution: Solution, prior: str, inequalities: Sequence[WeightRows] = ()) -> Solution:
+@in_exact_products
+def apply_prior(
+    system: System,
+    solution: Solution,
+    prior: str,
+    inequalities: Sequence[WeightRows] = (),
+    *,
+    budget: Budget = NO_LIMIT,
+) -> Solution:
     """Replace the minimum-norm choice of what `system` leaves open by the choice of a prior.
 
     Parameters
@@ -76,6 +84,8 @@ def apply_prior(system: System, solution: Solution, prior: str, inequalities: Se
         non-negative solution of least norm; ``"tv"``: least total variation, values in [0, 1].
     inequalities : sequence of WeightRows
         ``w A x <= rhs``, w of any sign: what flat pieces of an activation say.
+    budget : Budget
+        When it is spent, the choice is what has been reached.
 
     Returns
     -------
@@ -89,13 +99,13 @@ def apply_prior(system: System, solution: Solution, prior: str, inequalities: Se
     join the splitting as terms ``M x = b`` and a last projection meets them to rounding.
     """
     terms = [*_prior_terms(prior), *(_inequality(rows) for rows in inequalities)]
-    if system.unknowns <= MAX_DENSE_UNKNOWNS:
+    if system.unknowns <= MAX_DENSE_UNKNOWNS and eigen_seconds(system.unknowns) <= budget.left:
         null = (solution.inverse or PseudoInverse.create(system)).null
         if null.shape[1] == 0:
             return solution
-        x, iterations = minimise(terms, solution.x, _null_step(terms, null, system.shape))
+        x, iterations = minimise(terms, solution.x, _null_step(terms, null, system.shape), budget)
     else:
-        x, iterations = _minimise_matrix_free(terms, system, solution.x)
+        x, iterations = _minimise_matrix_free(terms, system, solution.x, budget)
     evidence = replace(
         solution.evidence,
         residual=system.residual(x),
@@ -126,7 +136,7 @@ def _normal(terms: Sequence[Term], x: Tensor) -> Tensor:
     return total
 
 
-def minimise(terms: Sequence[Term], x: Tensor, step: Step) -> tuple[Tensor, int]:
+def minimise(terms: Sequence[Term], x: Tensor, step: Step, budget: Budget = NO_LIMIT) -> tuple[Tensor, int]:
     """``min sum_i f_i(K_i x)`` over the points that `step` reaches from `x`; also the iterations it took."""
     rho = PENALTY
     kx = [term.apply(x) for term in terms]
@@ -145,7 +155,7 @@ def minimise(terms: Sequence[Term], x: Tensor, step: Step) -> tuple[Tensor, int]
             primal = max(primal, float((kx[i] - z_new).abs().max()))
             dual = max(dual, float((z_new - z[i]).abs().max()))
             z[i], u[i] = z_new, v - z_new
-        if max(primal, dual) < TOLERANCE:
+        if max(primal, dual) < TOLERANCE or budget.spent:
             break
         if iteration % BALANCE_EVERY == 0:
             change = _balance(primal, dual)
@@ -153,7 +163,7 @@ def minimise(terms: Sequence[Term], x: Tensor, step: Step) -> tuple[Tensor, int]
     return x, iteration
 
 
-def _minimise_matrix_free(terms: Sequence[Term], system: System, x: Tensor) -> tuple[Tensor, int]:
+def _minimise_matrix_free(terms: Sequence[Term], system: System, x: Tensor, budget: Budget) -> tuple[Tensor, int]:
     """The equations as terms of their own, met to rounding by a last projection."""
     balanced = balance(system, 1.0)
     support = system.support
@@ -163,7 +173,7 @@ def _minimise_matrix_free(terms: Sequence[Term], system: System, x: Tensor) -> t
     def step(v: Tensor) -> Tensor:
         return _conjugate_gradients(lambda d: _normal(terms, d), v if support is None else v * support)
 
-    x, iterations = minimise(terms, x, step)
+    x, iterations = minimise(terms, x, step, budget)
     missing = [b - q for b, q in zip(balanced.rhs, balanced.apply(x), strict=True)]
     last = refine(
         balanced,
@@ -172,6 +182,7 @@ def _minimise_matrix_free(terms: Sequence[Term], system: System, x: Tensor) -> t
         inner_rtol=1e-8,
         rtol=1e-14,
         max_iterations=MAX_ITERATIONS,
+        budget=budget,
     )
     return x + last.x, iterations + last.iterations
 
@@ -182,19 +193,14 @@ def _constant(value: Tensor) -> Callable[[Tensor, float], Tensor]:
 
 def _conjugate_gradients(apply: Callable[[Tensor], Tensor], rhs: Tensor) -> Tensor:
     """``apply^-1 rhs`` for a symmetric positive operator, to the accuracy that a step of the splitting needs."""
-    x, r, p = torch.zeros_like(rhs), rhs, rhs
-    rr = torch.sum(r * r)
-    goal = STEP_TOLERANCE**2 * float(rr)
+    state = Symmetric(apply, rhs)
+    goal = STEP_TOLERANCE**2 * float(state.gamma)
     for _ in range(STEP_ITERATIONS):
-        if float(rr) <= goal:  # synchronize!
+        if float(state.gamma) <= goal:  # synchronize!
             break
-        q = apply(p)
-        alpha = rr / torch.sum(p * q)
-        x = x + alpha * p
-        r = r - alpha * q
-        rr, previous = torch.sum(r * r), rr
-        p = r + (rr / previous) * p
-    return x
+        state.step()
+        state.turn()
+    return state.x
 
 
 def _balance(primal: float, dual: float) -> float:

@@ -370,6 +370,16 @@ class System:
         return miss / (norm(self.rhs) or 1.0)
 
 
+def balance(system: System, gradient_weight: float) -> System:
+    """Scale every block to mean column norm 1 (gradient rows to the root of `gradient_weight`)."""
+    blocks = []
+    for block in system.blocks:
+        mean = float(block.diagonal().mean())
+        weight = gradient_weight if isinstance(block, GradientRows) else 1.0
+        blocks.append(block.scaled(math.sqrt(weight / mean)) if mean > 0 else block)
+    return System(system.shape, tuple(blocks), system.support)
+
+
 def norm(parts: Iterable[Tensor]) -> float:
     """The 2-norm of all parts together, in float64, read back once."""
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
