@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 # what torch's own factorisations raise: public, missing in its stubs
@@ -74,3 +76,27 @@ def require_type(condition: bool, function: str, argument: str, must: str, got: 
     """Raise ``ArgumentTypeError`` with the package's one-line message unless `condition` holds."""
     if not condition:
         raise ArgumentTypeError(f"{function}: {argument} must {must}, got {got}")
+
+
+def optional(module: str, extra: str, function: str) -> ModuleType:
+    """Import a module that an extra of this package installs.
+
+    Parameters
+    ----------
+    module : str
+        Its name.
+    extra : str
+        The extra in ``pip install "rconv-fast[EXTRA]"``.
+    function : str
+        Who needs it, for the message.
+
+    Raises
+    ------
+    MissingDependencyError
+        It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        command = f'pip install "rconv-fast[{extra}]"'
+        raise MissingDependencyError(f"{function}: {module} must be installed, got none: {command}") from error

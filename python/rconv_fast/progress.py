@@ -1,19 +1,25 @@
-"""Progress of a long computation: nothing, the caller's own function, or a live display on the terminal."""
+"""Progress of a long computation: nothing, the caller's own function, bars on a terminal, or a log line a layer."""
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOGGER = logging.getLogger("rconv_fast")
 
 
 @dataclass(frozen=True)
 class Event:
-    """One step of a running inversion: the layer at work, what is done there, and how far it is."""
+    """One step of a running computation: the layer at work, what is done there, and how far it is."""
 
     layer: str
     stage: str
@@ -22,8 +28,11 @@ class Event:
     residual: float | None = None
 
 
-class ProgressDisplay:
-    """Show events as one line a layer on standard error; silent when that is not a terminal.
+Show = Callable[[Event], None]
+
+
+class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
+    """Show events as one bar a layer on standard error, with share, time left and residual; needs rich.
 
     Examples
     --------
@@ -32,15 +41,30 @@ class ProgressDisplay:
     """
 
     def __init__(self, console: Console | None = None) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            SpinnerColumn,
+            TaskID,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self.console = console or Console(stderr=True)
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[layer]}"),
             TextColumn("[dim]{task.fields[stage]}"),
             BarColumn(bar_width=24),
+            TaskProgressColumn(),
             TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[residual]}"),
             TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -52,9 +76,7 @@ class ProgressDisplay:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def __call__(self, event: Event) -> None:
@@ -78,13 +100,45 @@ class ProgressDisplay:
         )
 
 
+class LogLines(AbstractContextManager["LogLines"]):
+    """Log one line a layer, when it is done, as the logger ``rconv_fast`` at level INFO."""
+
+    def __init__(self) -> None:
+        self._last: Event | None = None
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._done()
+
+    def __call__(self, event: Event) -> None:
+        """Take an event in; the layer before it is done."""
+        if self._last is None or event.layer != self._last.layer:
+            self._done()
+            self._since = time.perf_counter()
+        self._last = event
+
+    def _done(self) -> None:
+        if self._last is None:
+            return
+        parts = [f"{self._last.layer}: {self._last.stage}"]
+        parts += [f"{self._last.iteration} iterations"] if self._last.iteration else []
+        parts += [] if self._last.residual is None else [f"residual {self._last.residual:.1e}"]
+        LOGGER.info("%s, %.2f s", ", ".join(parts), time.perf_counter() - self._since)
+        self._last = None
+
+
+def display() -> ProgressDisplay | LogLines:
+    """Bars where standard error is a terminal and rich is there, log lines else."""
+    return ProgressDisplay() if sys.stderr.isatty() and find_spec("rich") else LogLines()
+
+
 @contextmanager
-def progress_callback(progress: bool | Callable[[Event], None]) -> Iterator[Callable[[Event], None]]:
+def progress_callback(progress: bool | Callable[[Event], Any]) -> Iterator[Show]:
     """The function to call with each event while the computation runs."""
     if callable(progress):
         yield progress
     elif progress:
-        with ProgressDisplay() as show:
+        with display() as show:
             yield show
     else:
         yield _ignore

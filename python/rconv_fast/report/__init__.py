@@ -1,1 +1,1 @@
-"""What a person sees of an inversion: pictures, files, progress."""
+"""What a person reads of a result: text, JSON, a page, pictures."""

@@ -1,32 +1,48 @@
-"""Files of tensors and reports. Nothing here ever unpickles."""
+"""Files of tensors and reports. Nothing here ever unpickles; what is written only its owner can read."""
 
 from __future__ import annotations
 
-import json
-import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from rconv_fast.containers import open_container
 from rconv_fast.errors import ArgumentError, require
+from rconv_fast.report.payload import to_json
 
-LAYER_FIELDS = ("name", "kind", "rows", "unknowns", "rank", "condition", "residual", "solver", "seconds")
+# What a run may leave in its folder; a folder with any of them holds an earlier run.
+RUN_FILES = (
+    "report.json",
+    "report.html",
+    "recovered.png",
+    "comparison.png",
+    "inputs.safetensors",
+    "features.safetensors",
+)
+PRIVATE = 0o600
 
 
-def load_tensors(path: Path, argument: str) -> dict[str, Tensor] | list[Tensor]:
-    """Read a mapping or a list of tensors from a safetensors file or a ``torch.save`` file.
+def load_tensors(path: Path, argument: str) -> Any:
+    """Read the tensors in a safetensors file, an npz file, or a ``torch.save`` file, nested as they are there.
 
-    The latter is read with ``weights_only=True``, which runs no code from the file.
+    The latter is read with ``weights_only=True``, which runs no code from the file; npz without pickles.
 
     Parameters
     ----------
     path : Path
-        A name ending in ``.safetensors``, or any other for ``torch.load``.
+        A name ending in ``.safetensors`` or ``.npz``, or any other for ``torch.load``.
     argument : str
         What the caller named the file, for the error messages.
+
+    Returns
+    -------
+    mapping or list
+        Names to tensors, or tensors in order (numpy names them ``arr_0``, ``arr_1``, ... then).
     """
     require(path.is_file(), "load_tensors", argument, "be a file", path)
     try:
@@ -34,57 +50,61 @@ def load_tensors(path: Path, argument: str) -> dict[str, Tensor] | list[Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = dict(archive.items())
+            unnamed = [f"arr_{i}" for i in range(len(arrays))]
+            return [arrays[name] for name in unnamed] if set(unnamed) == set(arrays) else arrays
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the two libraries raise whatever the bytes lead them into
+    except Exception as error:  # the libraries raise whatever the bytes lead them into
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        must = "be safetensors or loadable with torch.load(weights_only=True)"
+        must = "be safetensors, npz or loadable with torch.load(weights_only=True)"
         raise ArgumentError(f"load_tensors: {argument} must {must}, got {path}: {reason}") from error
-    values = list(loaded.values()) if isinstance(loaded, Mapping) else loaded
-    is_tensors = isinstance(values, list | tuple) and all(isinstance(v, Tensor) for v in values)
+    opened = open_container(loaded)
+    values = list(opened.values()) if isinstance(opened, Mapping) else opened
+    holds_tensors = isinstance(values, list | tuple) and any(isinstance(v, Tensor) for v in values)
     must = "hold a mapping of names to tensors or a list of tensors"
-    require(is_tensors, "load_tensors", argument, must, f"{path}: {type(loaded).__name__}")
-    return dict(loaded) if isinstance(loaded, Mapping) else list(loaded)
+    require(holds_tensors, "load_tensors", argument, must, f"{path}: {type(loaded).__name__}")
+    return opened
 
 
-def save_inputs(path: Path, inputs: Tensor, labels: Tensor | None) -> None:
-    """Write ``inputs`` and, where they were found, ``labels`` as safetensors."""
-    from safetensors.torch import save_file
+def prepare_folder(path: Path, overwrite: bool) -> None:
+    """Make the folder of a run; files of an earlier run in it are refused, or removed.
 
-    tensors = {"inputs": inputs.detach().cpu().contiguous()}
-    if labels is not None:
-        tensors["labels"] = labels.detach().cpu().contiguous()
-    save_file(tensors, path)
-
-
-def save_partial(path: Path, features: Mapping[str, Tensor], partial: Tensor | None) -> None:
-    """Write what an interrupted inversion knew: recovered layer inputs, and the iterate it was at."""
-    from safetensors.torch import save_file
-
-    tensors = {f"input of {layer}": value.detach().cpu().contiguous().clone() for layer, value in features.items()}
-    if partial is not None:
-        tensors["iterate"] = partial.detach().cpu().contiguous()
-    save_file(tensors, path)
-
-
-def layer_rows(layers: Any) -> list[dict[str, Any]]:
-    """Turn layer reports into plain dictionaries of `LAYER_FIELDS`."""
-    return [{field: _plain(getattr(layer, field)) for field in LAYER_FIELDS} for layer in layers]
+    Raises
+    ------
+    ArgumentError
+        It cannot be made, or holds an earlier run and `overwrite` is False.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ArgumentError(f"rconv-fast: --out must be a folder that can be made, got {path}") from error
+    earlier = [path / name for name in RUN_FILES if (path / name).exists()]
+    must = "hold no earlier run (--overwrite removes it)"
+    require(overwrite or not earlier, "rconv-fast", "--out", must, ", ".join(map(str, earlier[:1])))
+    for file in earlier:
+        file.unlink()
 
 
-def save_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write strict JSON: NaN and infinities become null."""
-    path.write_text(json.dumps(_plain(dict(report)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+def write_private(path: Path, content: str | bytes) -> None:
+    """Write a file that nobody but its owner can read, also where there was one before."""
+    data = content.encode() if isinstance(content, str) else content
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, PRIVATE)
+    with open(descriptor, "wb") as file:
+        os.fchmod(descriptor, PRIVATE)
+        file.write(data)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
+def save_tensors(path: Path, tensors: Mapping[str, Tensor | None]) -> None:
+    """Write the tensors that are there as safetensors; an empty selection writes no file."""
+    from safetensors.torch import save
+
+    present = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if t is not None}
+    if present:
+        write_private(path, save(present))
+
+
+def save_report(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write a payload as strict JSON."""
+    write_private(path, to_json(payload))
