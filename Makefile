@@ -23,7 +23,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: .venv/installed ## recover a photo from its gradients (DEMO_ARGS="--batch 4")
-	$(BIN)/rconv-fast demo --out out/demo $(DEMO_ARGS)
+	$(BIN)/rconv-fast demo --overwrite --out out/demo $(DEMO_ARGS)
 	@echo "the pictures are in $(CURDIR)/out/demo"
 
 test: .venv/installed ## the tests that need no GPU

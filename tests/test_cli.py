@@ -3,58 +3,47 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
 import rconv_fast
 from rconv_fast import cli, models
-from rconv_fast.errors import UnsupportedModelError
+from rconv_fast.cli import photos
+from rconv_fast.errors import InterruptedInversionError
 from rconv_fast.metrics import psnr
-
-LAYER = SimpleNamespace(
-    name="conv1",
-    kind="conv2d",
-    rows=7,
-    unknowns=5,
-    rank=5,
-    condition=3.0,
-    residual=1e-15,
-    solver="direct",
-    seconds=0.1,
-)
+from rconv_fast.progress import Event
+from rconv_fast.report.files import RUN_FILES
+from rconv_fast.verdict import Inversion
+from results import exact, features
 
 
 class FakeInversion:
-    """What ``invert`` returns, with the inputs given; the calls are recorded."""
+    """What ``invert`` returns, with the result given; the calls are recorded."""
 
     def __init__(self) -> None:
-        self.inputs = torch.zeros(1)
-        self.verified = True
+        self.result: Inversion | BaseException = exact(torch.zeros(1, 1))
         self.calls: list[dict[str, Any]] = []
-        self.error: BaseException | None = None
 
     def __call__(self, model: torch.nn.Module, gradients: Any, input_shape: tuple[int, ...], **options: Any) -> Any:
         self.calls.append({"model": model, "gradients": gradients, "input_shape": input_shape, **options})
-        if self.error is not None:
-            raise self.error
-        return SimpleNamespace(
-            inputs=self.inputs,
-            labels=torch.zeros(len(self.inputs), dtype=torch.int64),
-            layers=[LAYER],
-            gradient_residual=1e-15 if self.verified else 0.3,
-            verified=self.verified,
-            determined=torch.ones_like(self.inputs, dtype=torch.bool),
-        )
+        for event in (Event("fc", "separate"), Event("conv1", "solve", 7, 9, 1e-3)):
+            options["progress"](event)
+        if isinstance(self.result, BaseException):
+            raise self.result
+        return self.result
 
 
 @pytest.fixture
@@ -64,33 +53,93 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeInversion:
     return fake
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
+
+    exit_code: int
+    output: str
+    errors: str
 
 
-def error_line(result: Result) -> str:
-    assert result.exit_code == 2
-    assert "Traceback" not in result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1
+Run = Any
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    logging.getLogger("rconv_fast").propagate = True
+
+    def run(*arguments: object) -> Done:
+        code = cli.run([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run
+
+
+def error_line(done: Done) -> str:
+    assert done.exit_code == 2
+    lines = done.errors.strip().splitlines()
+    assert len(lines) == 1, done.errors
+    assert lines[0].startswith("error: ")
     return lines[0]
 
 
-def test_demo_writes_picture_and_report(fake: FakeInversion, tmp_path: Path) -> None:
-    fake.inputs = cli._photos(None, 32, 1)
-    result = run("demo", "--out", tmp_path / "made" / "here")
-    assert result.exit_code == 0, result.output
-    assert sorted(p.name for p in (tmp_path / "made" / "here").iterdir()) == ["comparison.png", "report.json"]
-    report = json.loads((tmp_path / "made" / "here" / "report.json").read_text())
-    assert {"psnr", "mse", "gradient_residual", "verified", "seconds", "layers"} <= set(report)
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_demo_writes_pictures_and_reports_that_nobody_else_reads(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = exact(photos.load(None, 32, 1))
+    folder = tmp_path / "made" / "here"
+    done = run("demo", "--out", folder)
+    assert done.exit_code == 0, done.errors
+    names = ["comparison.png", "inputs.safetensors", "report.html", "report.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert set(names) <= set(RUN_FILES)
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o600}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    report = report_of(folder)
+    assert report["verdict"] == "exact"
     assert report["verified"] is True
     assert report["mse"] == 0
-    assert report["layers"][0]["name"] == "conv1"
-    assert str(tmp_path / "made" / "here" / "comparison.png") in result.output
+    assert report["layers"][0]["proof"] == "cholesky"
+    assert report["settings"]["model"] == "cnn3"
+    assert len(report["sha256"]["gradients"]) == 64
+    assert report["assumptions"]
+    assert report["environment"]["torch"] == torch.__version__
+    assert "exact, verified" in done.output
+    assert "labels [0]" in done.output
+    assert all(str(folder / name) in done.output for name in names)
 
 
-def test_demo_hands_over_gradients_and_nothing_else(fake: FakeInversion, tmp_path: Path) -> None:
-    fake.inputs = cli._photos(None, 32, 1)
+def test_without_a_terminal_there_is_a_log_line_a_layer(
+    run: Run, fake: FakeInversion, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.result = exact(photos.load(None, 32, 1))
+    with caplog.at_level(logging.INFO, "rconv_fast"):
+        run("demo", "--out", tmp_path)
+    lines = [record.getMessage() for record in caplog.records if record.name == "rconv_fast"]
+    assert len(lines) == 2
+    assert re.fullmatch(r"fc: separate, \d+\.\d\d s", lines[0])
+    assert re.fullmatch(r"conv1: solve, 7 iterations, residual 1\.0e-03, \d+\.\d\d s", lines[1])
+
+
+def test_an_earlier_run_is_not_overwritten_unless_asked(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = exact(photos.load(None, 32, 1))
+    run("demo", "--out", tmp_path)
+    before = (tmp_path / "report.json").read_bytes()
+    assert "--out must hold no earlier run (--overwrite removes it)" in error_line(run("demo", "--out", tmp_path))
+    assert (tmp_path / "report.json").read_bytes() == before
+    (tmp_path / "mine.txt").write_text("kept")
+    fake.result = features()
+    assert run("demo", "--out", tmp_path, "--overwrite").exit_code == 1
+    # Nothing stale: the earlier pictures and inputs are gone, other files are left alone.
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.txt", "features.safetensors", "report.html", "report.json"}
+
+
+def test_demo_hands_over_gradients_and_nothing_else(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = exact(photos.load(None, 32, 1))
     run("demo", "--out", tmp_path, "--activation", "sigmoid", "--dtype", "float32", "--seed", "3")
     (call,) = fake.calls
     assert set(call) == {"model", "gradients", "input_shape", "progress"}
@@ -104,48 +153,75 @@ def test_demo_hands_over_gradients_and_nothing_else(fake: FakeInversion, tmp_pat
         assert parameter.grad is None
 
 
-def test_demo_measures_a_batch_in_the_right_order(fake: FakeInversion, tmp_path: Path) -> None:
-    photos = cli._photos(None, 32, 3)
-    fake.inputs = photos[[2, 0, 1]] + 1e-6
+def test_the_demos_noise_is_on_the_gradients_and_said(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = exact(photos.load(None, 32, 1))
+    run("demo", "--out", tmp_path / "a")
+    run("demo", "--out", tmp_path / "b", "--noise", "0.01")
+    clean, noisy = (call["gradients"] for call in fake.calls)
+    off = (noisy["conv1.weight"] - clean["conv1.weight"]).norm() / clean["conv1.weight"].norm()
+    assert 0.008 < float(off) < 0.012
+    assert noisy.noise is not None
+    assert report_of(tmp_path / "b")["settings"]["noise"] == 0.01
+
+
+def test_demo_measures_a_batch_in_the_right_order(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    originals = photos.load(None, 32, 3)
+    fake.result = exact(originals[[2, 0, 1]] + 1e-6)
     assert run("demo", "--batch", 3, "--out", tmp_path).exit_code == 0
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = report_of(tmp_path)
     assert report["psnr"] == pytest.approx(120, abs=0.1)
     assert report["psnr_per_sample"] == pytest.approx([120] * 3, abs=0.1)
 
 
-def test_exit_code_says_that_it_is_not_verified(fake: FakeInversion, tmp_path: Path) -> None:
-    fake.inputs, fake.verified = torch.rand(1, 3, 32, 32), False
-    result = run("demo", "--out", tmp_path)
-    assert result.exit_code == 1
-    assert "not verified" in result.output
-    assert json.loads((tmp_path / "report.json").read_text())["verified"] is False
+def test_exit_code_says_that_it_is_not_verified(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = exact(torch.rand(1, 3, 32, 32), verdict="approximate", verified=False)
+    done = run("demo", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "approximate, NOT verified" in done.output
+    assert report_of(tmp_path)["verified"] is False
 
 
-def test_a_lost_sample_is_not_a_success(fake: FakeInversion, tmp_path: Path) -> None:
-    fake.inputs = cli._photos(None, 32, 1)
-    result = run("demo", "--batch", 2, "--out", tmp_path)
-    assert result.exit_code == 1
-    assert "1 samples found, 2 were there" in result.output
+def test_a_lost_sample_is_said(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = exact(photos.load(None, 32, 1), verified=False, verdict="partial")
+    done = run("demo", "--batch", 2, "--out", tmp_path)
+    assert done.exit_code == 1
+    assert "1 photos found, 2 were there" in done.output
+    assert (tmp_path / "recovered.png").exists()
 
 
-def test_own_photo_is_cropped_and_shrunk(fake: FakeInversion, tmp_path: Path) -> None:
+def test_what_leaked_without_inputs_is_shown_and_kept(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = features()
+    done = run("demo", "--out", tmp_path)
+    assert done.exit_code == 1
+    assert done.errors == "" or "rconv_fast" in done.errors
+    assert "features, NOT verified" in done.output
+    assert "labels [3]" in done.output
+    assert "stops at pool: a maximum hides" in done.output
+    assert "the inputs of: fc (1, 8)" in done.output
+    kept = load_file(tmp_path / "features.safetensors")
+    assert torch.equal(kept["input of fc"], fake.result.features["fc"])
+    assert kept["labels"].tolist() == [3]
+
+
+def test_own_photo_is_cropped_and_shrunk(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
     picture = Image.new("RGB", (90, 60), (0, 255, 0))
     picture.paste((255, 0, 0), (0, 0, 10, 60))  # left of the centre square: must not be seen
     picture.save(tmp_path / "mine.png")
-    fake.inputs = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    green = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    fake.result = exact(green)
     assert run("demo", "--image", tmp_path / "mine.png", "--out", tmp_path / "o").exit_code == 0
-    assert json.loads((tmp_path / "o" / "report.json").read_text())["mse"] == 0
+    assert report_of(tmp_path / "o")["mse"] == 0
 
 
 @pytest.mark.parametrize("size", [32, 224])
 def test_shipped_photos_are_real_and_different(size: int) -> None:
-    photos = cli._photos(None, size, len(cli._PHOTOS))
-    assert photos.shape == (len(cli._PHOTOS), 3, size, size)
-    assert photos.dtype == torch.float64
-    assert photos.min() >= 0
-    assert photos.max() <= 1
-    assert photos.flatten(1).std(dim=1).min() > 0.02
-    pairs = [psnr(a, b) for i, a in enumerate(photos) for b in photos[:i]]
+    loaded = photos.load(None, size, len(photos.PHOTOS))
+    assert loaded.shape == (len(photos.PHOTOS), 3, size, size)
+    assert loaded.dtype == torch.float64
+    assert loaded.min() >= 0
+    assert loaded.max() <= 1
+    assert loaded.flatten(1).std(dim=1).min() > 0.02
+    pairs = [psnr(a, b) for i, a in enumerate(loaded) for b in loaded[:i]]
     assert max(pairs) < 20
 
 
@@ -158,29 +234,36 @@ def test_shipped_photos_are_real_and_different(size: int) -> None:
         (["demo", "--activation", "rellu"], "cnn3: activation must be one of relu"),
         (["demo", "--image", "absent.png"], "demo: --image must be a file, got absent.png"),
         (["demo", "--image", __file__], "demo: --image must be a picture that Pillow reads"),
+        (["demo", "--model", "alexnet"], "demo: --model must be one of lenet, "),
+        (["demo", "--noise", -1], "demo: --noise must be >= 0, got -1.0"),
         (["demo", "--out", __file__], "--out must be a folder that can be made"),
+        (["demo", "--bogus"], "No such option"),
+        (["demo", "--size", "big"], "Invalid value for '--size'"),
+        (["nonsense"], "No such command"),
+        (["invert"], "Missing option"),
+        (["check", "--model", "cnn3", "--input-shape", "3x32x32", "--batch", "4,"], "check: --batch must be positive"),
+        (["check", "--model", "cnn3", "--input-shape", "3x32x32", "--fail-on", "bad"], "--fail-on must be one of"),
     ],
 )
 @pytest.mark.usefixtures("fake")
-def test_bad_input_is_one_line(arguments: list[object], message: str) -> None:
+def test_bad_input_and_bad_usage_are_one_line(run: Run, arguments: list[object], message: str) -> None:
     assert message in error_line(run(*arguments))
 
 
-@pytest.mark.parametrize("arguments", [["demo", "--bogus"], ["demo", "--size", "big"], ["nonsense"], ["invert"]])
-def test_bad_usage_is_exit_code_2(arguments: list[str]) -> None:
-    assert run(*arguments).exit_code == 2
+def test_interrupt_is_exit_code_130(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = KeyboardInterrupt()
+    done = run("demo", "--out", tmp_path)
+    assert done.exit_code == 130
+    assert done.errors.splitlines()[-1] == "interrupted"
 
 
-def test_package_errors_become_one_line(fake: FakeInversion, tmp_path: Path) -> None:
-    fake.error = UnsupportedModelError("pool", "max pooling\nover 2x2")
-    assert "must be readable at 'pool'" in error_line(run("demo", "--out", tmp_path))
-
-
-def test_interrupt_is_exit_code_130(fake: FakeInversion, tmp_path: Path) -> None:
-    fake.error = KeyboardInterrupt()
-    result = run("demo", "--out", tmp_path)
-    assert result.exit_code == 130
-    assert result.stderr == "interrupted\n"
+def test_an_interrupted_inversion_keeps_what_it_knew(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = InterruptedInversionError("conv1", {"fc": torch.ones(1, 3)})
+    done = run("demo", "--out", tmp_path)
+    assert done.exit_code == 130
+    assert load_file(tmp_path / "features.safetensors")["input of fc"].tolist() == [[1.0, 1.0, 1.0]]
+    report = report_of(tmp_path)
+    assert (report["interrupted"], report["stops_at"]) == (True, "conv1")
 
 
 @pytest.fixture
@@ -217,13 +300,14 @@ def options(folder: Path, **changes: object) -> list[object]:
 
 
 def test_invert_reads_files_and_writes_only_into_its_folder(
-    fake: FakeInversion, client: tuple[Path, dict[str, Tensor]]
+    run: Run, fake: FakeInversion, client: tuple[Path, dict[str, Tensor]]
 ) -> None:
     folder, gradients = client
     before = {p for p in folder.rglob("*") if "__pycache__" not in p.parts}
-    fake.inputs = torch.rand(2, 1, 8, 8, dtype=torch.float64)
-    result = run(*options(folder, batch=2, loss="mse"))
-    assert result.exit_code == 0, result.output
+    inputs = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    fake.result = exact(inputs)
+    done = run(*options(folder, batch=2, loss="mse"))
+    assert done.exit_code == 0, done.errors
     (call,) = fake.calls
     assert (call["input_shape"], call["batch_size"], call["loss"]) == ((1, 8, 8), 2, "mse")
     assert not call["model"].training
@@ -231,59 +315,169 @@ def test_invert_reads_files_and_writes_only_into_its_folder(
     assert all(torch.equal(call["model"].state_dict()[n], t) for n, t in state.items())
     assert all(torch.equal(call["gradients"][n], g) for n, g in gradients.items())
     new = {p for p in folder.rglob("*") if "__pycache__" not in p.parts} - before
-    assert {str(p.relative_to(folder)) for p in new} == {
-        "out",
-        "out/recovered.png",
-        "out/inputs.safetensors",
-        "out/report.json",
-    }
-    assert torch.equal(load_file(folder / "out" / "inputs.safetensors")["inputs"], fake.inputs)
+    names = ["inputs.safetensors", "recovered.png", "report.html", "report.json"]
+    assert {str(p.relative_to(folder)) for p in new} == {"out", *(f"out/{name}" for name in names)}
+    kept = load_file(folder / "out" / "inputs.safetensors")
+    assert torch.equal(kept["inputs"], inputs)
+    assert bool(kept["determined"].all())
+    report = report_of(folder / "out")
+    assert report["settings"]["loss"] == "mse"
+    assert report["sha256"]["state"] != report["sha256"]["gradients"]
+
+
+@pytest.mark.parametrize("options_given", [["--steps", "1"], ["--steps", "3", "--momentum", "0.5"]])
+def test_invert_takes_an_update(
+    run: Run, fake: FakeInversion, client: tuple[Path, dict[str, Tensor]], options_given: list[str]
+) -> None:
+    folder, gradients = client
+    state = load_file(folder / "state.safetensors")
+    after = {n: t - 0.5 * gradients[n] if n in gradients else t for n, t in state.items()}
+    torch.save({"epoch": 1, "state_dict": {f"module.{n}": t for n, t in after.items()}}, folder / "after.pt")
+    arguments = [*options(folder), "--after", folder / "after.pt", "--lr", 0.5, *options_given]
+    place = arguments.index("--gradients")
+    fake.result = exact(torch.rand(1, 1, 8, 8))
+    done = run(*arguments[:place], *arguments[place + 2 :])
+    assert done.exit_code == 0, done.errors
+    shared = fake.calls[0]["gradients"]
+    assert shared.steps == int(options_given[1])
+    assert shared.noise is not None
+    if shared.steps == 1:
+        torch.testing.assert_close(shared["3.weight"], gradients["3.weight"], rtol=1e-10, atol=1e-12)
+    assert "update, lr 0.5" in report_of(folder / "out")["assumptions"][1]
+
+
+@pytest.mark.parametrize("kind", ["npz", "npz without names", "nested", "list"])
+def test_files_of_every_kind(run: Run, fake: FakeInversion, client: tuple[Path, dict[str, Tensor]], kind: str) -> None:
+    folder, gradients = client
+    state = load_file(folder / "state.safetensors")
+    if kind == "npz":
+        np.savez(folder / "s.npz", **{n: t.numpy() for n, t in state.items()})
+        np.savez(folder / "g.npz", **{n: t.numpy() for n, t in gradients.items()})
+    elif kind == "npz without names":
+        order = list(fake_model(folder).state_dict())
+        np.savez(folder / "s.npz", *[state[n].numpy() for n in order])
+        np.savez(folder / "g.npz", *[gradients[n].numpy() for n in gradients])
+    elif kind == "nested":
+        torch.save({"model": state, "epoch": 3}, folder / "s.pt")
+        torch.save({"gradients": gradients}, folder / "g.pt")
+    else:
+        torch.save([state[n] for n in fake_model(folder).state_dict()], folder / "s.pt")
+        torch.save(list(gradients.values()), folder / "g.pt")
+    end = "npz" if kind.startswith("npz") else "pt"
+    fake.result = exact(torch.rand(1, 1, 8, 8))
+    done = run(*options(folder, state=folder / f"s.{end}", gradients=folder / f"g.{end}"))
+    assert done.exit_code == 0, done.errors
+    assert all(torch.equal(fake.calls[0]["gradients"][n], g) for n, g in gradients.items())
+    assert all(torch.equal(fake.calls[0]["model"].state_dict()[n], t) for n, t in state.items())
+
+
+def fake_model(folder: Path) -> torch.nn.Module:
+    from rconv_fast.cli.options import build_model
+
+    return build_model("test", f"{folder / 'my_net.py'}:build")
+
+
+def test_a_model_is_named_by_a_file_a_module_or_its_own_name(client: tuple[Path, dict[str, Tensor]]) -> None:
+    from rconv_fast.cli.options import build_model
+
+    folder, _ = client
+    (folder / "deep.py").write_text("import my_net\nclass Nets:\n    ready = my_net.build()\n")
+    assert isinstance(fake_model(folder), torch.nn.Sequential)
+    assert isinstance(build_model("test", f"{folder / 'deep.py'}:Nets.ready"), torch.nn.Sequential)
+    assert build_model("test", "cnn3").fc.out_features == 100
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "my_net"}, "--model must look like PKG.MODULE:FACTORY, got 'my_net'"),
+        ({"model": "my_net"}, "--model must look like PKG.MODULE:FACTORY or file.py:FACTORY, or be one of lenet"),
         ({"model": "no_such_net:build"}, "ModuleNotFoundError: No module named 'no_such_net'"),
+        ({"model": "no/such/net.py:build"}, "FileNotFoundError: no file no/such/net.py"),
         ({"model": "my_net:absent"}, "has no attribute 'absent'"),
         ({"model": "my_net:broken"}, "RuntimeError: no weights"),
         ({"model": "my_net:number"}, "--model must return a torch.nn.Module, got int"),
         ({"input_shape": "3,32,32"}, "--input-shape must look like 3x32x32, got '3,32,32'"),
         ({"input_shape": "0x8x8"}, "--input-shape must look like 3x32x32"),
         ({"state": "absent.pt"}, "--state must be a file, got absent.pt"),
-        ({"gradients": __file__}, "--gradients must be safetensors or loadable"),
+        ({"gradients": __file__}, "--gradients must be safetensors, npz or loadable"),
+        ({"after": "absent.pt"}, "--gradients must be given, or --after, got both or none"),
         ({"batch": 0}, "--batch must be >= 1, got 0"),
     ],
 )
 @pytest.mark.usefixtures("fake")
 def test_invert_names_what_is_wrong(
-    client: tuple[Path, dict[str, Tensor]], changes: dict[str, object], message: str
+    run: Run, client: tuple[Path, dict[str, Tensor]], changes: dict[str, object], message: str
 ) -> None:
     assert message in error_line(run(*options(client[0], **changes)))
+    assert not (client[0] / "out").exists()
 
 
 @pytest.mark.usefixtures("fake")
-def test_state_must_fit_the_model(client: tuple[Path, dict[str, Tensor]]) -> None:
+def test_state_must_fit_the_model(run: Run, client: tuple[Path, dict[str, Tensor]]) -> None:
     folder, _ = client
     save_file({"0.weight": torch.zeros(1)}, folder / "state.safetensors")
     line = error_line(run(*options(folder)))
     assert line.startswith("error: invert: --state must fit the model, got Missing key(s)")
 
 
-def test_info_says_what_was_built() -> None:
-    result = run("info")
-    assert result.exit_code == 0
-    assert torch.__version__ in result.output
-    assert "cuda" in result.output.lower()
+def test_check_counts_without_gradients_and_fails_on_what_it_is_told_to(run: Run, tmp_path: Path) -> None:
+    given = ["check", "--model", "cnn3", "--input-shape", "3x32x32", "--batch", "1,4"]
+    done = run(*given, "--json", tmp_path / "c.json", "--html", tmp_path / "c.html")
+    assert done.exit_code == 0, done.errors
+    assert "batch size 4: exact" in done.output
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert report["verdict"] == "exact"
+    assert [layer["name"] for layer in report["layers_at_batch_size_4"]] == ["conv1", "conv2", "conv3", "fc"]
+    Page().feed((tmp_path / "c.html").read_text())
+    assert run(*given, "--fail-on", "exact").exit_code == 1
+    assert run(*given, "--fail-on", "none found").exit_code == 1
 
 
-def test_a_bug_has_an_exit_code_of_its_own(fake: FakeInversion, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake.error = ZeroDivisionError("our own mistake")
-    monkeypatch.setattr(sys, "argv", ["rconv-fast", "demo", "--out", "out/never"])
-    monkeypatch.setattr(cli, "_make_folder", lambda _: None)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 70
+class Page(HTMLParser):
+    """Reads a page, and refuses anything that would be fetched."""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe")
+        for name, value in attrs:
+            assert name not in ("src", "href") or (value or "").startswith("data:")
+
+
+@pytest.mark.parametrize(
+    ("command", "missing", "extra"),
+    [
+        ("info", "typer", "cli"),
+        ("info", "rich", "cli"),
+        ("demo", "matplotlib", "demo"),
+        ("demo", "skimage.data", "demo"),
+    ],
+)
+def test_a_missing_extra_is_one_line_with_the_command(
+    run: Run, command: str, missing: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, missing, None)
+    line = error_line(run(command))
+    assert line.endswith(f'{missing} must be installed, got none: pip install "rconv-fast[{extra}]"')
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info_says_what_was_built(run: Run) -> None:
+    done = run("info")
+    assert done.exit_code == 0
+    assert torch.__version__ in done.output
+    assert "cuda" in done.output.lower()
+
+
+def test_version(run: Run) -> None:
+    done = run("--version")
+    assert (done.exit_code, done.output) == (0, f"rconv-fast {rconv_fast.__version__}\n")
+
+
+def test_a_bug_has_an_exit_code_of_its_own(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
+    fake.result = ZeroDivisionError("our own mistake")
+    done = run("demo", "--out", tmp_path)
+    assert done.exit_code == 70
+    assert "Traceback" in done.errors
 
 
 def test_module_runs_from_a_shell(tmp_path: Path) -> None:
@@ -300,10 +494,10 @@ def test_module_runs_from_a_shell(tmp_path: Path) -> None:
 # --- Without the stand-in --------------------------------------------------------------------------------
 
 
-def test_demo_recovers_a_real_photo(tmp_path: Path) -> None:
-    result = run("demo", "--out", tmp_path)
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "report.json").read_text())
+def test_demo_recovers_a_real_photo(run: Run, tmp_path: Path) -> None:
+    done = run("demo", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    report = report_of(tmp_path)
     assert report["verified"]
     assert report["psnr"] >= 200
     assert [layer["name"] for layer in report["layers"]] == ["conv3", "conv2", "conv1"]
@@ -324,10 +518,11 @@ def test_invert_recovers_a_sample_from_files(tmp_path: Path) -> None:
         sys.executable,
         "-m",
         "rconv_fast",
-        *map(str, options(Path(), model="grey_net:build", input_shape="1x16x16")),
+        *map(str, options(Path(), model="grey_net.py:build", input_shape="1x16x16")),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "out" / "inputs.safetensors")
     assert psnr(found["inputs"], sample) >= 150
     assert found["labels"].tolist() == [6]
+    assert any(line.startswith("rconv_fast: conv1: ") for line in done.stderr.splitlines())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,40 @@ def run(code: str, *blocked: str) -> str:
 
 def test_import_is_silent_without_cupy() -> None:
     assert run("import rconv_fast, rconv_fast.constraints.ops, rconv_fast.constraints.sparse", "cupy", "cupyx") == ""
+
+
+EXTRAS = ("typer", "rich", "matplotlib", "PIL", "jinja2", "skimage", "pyarrow", "ray", "flwr", "opacus", "torchvision")
+
+
+def test_the_library_loads_torch_numpy_scipy_and_nothing_else() -> None:
+    loaded = run(
+        """
+        import torch, numpy, scipy.sparse.linalg, scipy.optimize, torch.fx
+        before = {name.partition(".")[0] for name in sys.modules}
+        import rconv_fast
+        after = {name.partition(".")[0] for name in sys.modules}
+        print(*sorted(after - before - sys.stdlib_module_names))
+        assert "torch._dynamo" not in sys.modules  # twice the time of everything else
+        """,
+        *EXTRAS,
+    )
+    assert loaded.split() == ["rconv_fast"]
+
+
+def test_all_but_the_command_line_works_without_the_extras(tmp_path: Path) -> None:
+    run(
+        f"""
+        import importlib, pkgutil, rconv_fast, torch
+        for module in pkgutil.walk_packages(rconv_fast.__path__, "rconv_fast."):
+            if not module.name.startswith(("rconv_fast.cli.", "rconv_fast.__main__", "rconv_fast.integrations")):
+                importlib.import_module(module.name)
+        found = rconv_fast.verdict.Inversion("partial", inputs=torch.rand(1, 3, 4, 4))
+        print(found.summary(), found.to_json())
+        found.to_html({str(tmp_path / "r.html")!r})
+        """,
+        *EXTRAS,
+    )
+    assert "data:image/png" in (tmp_path / "r.html").read_text()
 
 
 def test_the_reference_stands_in_for_the_compiled_module() -> None:

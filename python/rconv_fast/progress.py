@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+# Where an iteration in float64 ends at the latest.
+_ROUNDING = 1e-15
 LOGGER = logging.getLogger("rconv_fast")
 
 
@@ -26,6 +29,15 @@ class Event:
     iteration: int = 0
     total: int | None = None
     residual: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """How much of the work is done, 0 to 1: of the iterations, else of the way of the residual to rounding."""
+        if self.total:
+            return min(self.iteration / self.total, 1.0)
+        if self.residual is None:
+            return None
+        return min(max(math.log(max(self.residual, _ROUNDING)) / math.log(_ROUNDING), 0.0), 1.0)
 
 
 Show = Callable[[Event], None]
@@ -92,8 +104,8 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         count = str(event.iteration) if event.total is None else f"{event.iteration}/{event.total}"
         self._progress.update(
             self._tasks[event.layer],
-            completed=event.iteration,
-            total=event.total,
+            completed=event.share or 0.0,
+            total=None if event.share is None else 1.0,
             stage=event.stage,
             count=count if event.iteration else "",
             residual="" if event.residual is None else f"residual {event.residual:.1e}",

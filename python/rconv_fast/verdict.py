@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,6 +126,26 @@ class Inversion:
         from rconv_fast.report.text import summarise
 
         return summarise(self)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The result without the recovered values, as JSON with a schema; written to `path` if one is given."""
+        from rconv_fast.report import files, payload
+
+        text = payload.to_json(payload.of_inversion(self))
+        if path is not None:
+            files.write_private(Path(path), text)
+        return text
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the result, with pictures of the samples, as one self-contained page."""
+        from rconv_fast.report import files, page, payload
+
+        shown = {
+            **payload.of_inversion(self),
+            "pictures": page.inversion_pictures(self),
+            "environment": payload.environment(),
+        }
+        files.write_private(Path(path), page.render("inversion", shown))
 
 
 def match_bar(rounding: float) -> float:

@@ -29,7 +29,7 @@ import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ __all__ = ["gradient_components", "gradient_constraints", "weight_components", "
 
 IntOrSize = int | Sequence[int]
 Components = tuple[Tensor, Tensor, Tensor]
+Function = TypeVar("Function")
 
 
 # --- Public functions ------------------------------------------------------------------------------------
@@ -240,8 +241,14 @@ def _weight_numbers(
 # Checking a geometry takes longer than building a small matrix, and a model has few geometries.
 
 
+def _assume_constant_result(function: Function) -> Function:
+    """``torch.compiler.assume_constant_result`` without its import of torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @lru_cache(maxsize=256)
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_assume_constant_result
 def _gradient_numbers_of(
     shape: Size,
     input_size: int | Size,
@@ -263,7 +270,7 @@ def _gradient_numbers_of(
 
 
 @lru_cache(maxsize=256)
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_assume_constant_result
 def _weight_numbers_of(
     shape: Size,
     input_size: int | Size,

@@ -60,6 +60,7 @@ KINDS = {
 
 # Keys with a place of their own, in this order; other keys follow by what they hold.
 _OWN = ("schema", "verdict", "pictures", "notes", "advice", "assumptions", "settings", "environment", "sha256")
+_IN_VERDICT = ("verified", "stops_at", "reason")
 _LISTS = {"notes": "Notes", "advice": "What would make it safe", "assumptions": "What was assumed"}
 _PAIRS = {"settings": "Settings", "sha256": "SHA-256 of the tensors", "environment": "Versions"}
 
@@ -91,8 +92,12 @@ def render(kind: str, payload: Mapping[str, Any]) -> str:
         _definitions(facts),
         _pictures(data.get("pictures", [])),
         *(_section(head, _bullets(data[key])) for key, head in _LISTS.items() if key in data),
-        *(_section(_words(key), _table(value)) for key, value in rest.items() if _is_table(value)),
-        *(_section(_words(key), _definitions(value)) for key, value in rest.items() if isinstance(value, Mapping)),
+        *(_section(_words(key).capitalize(), _table(value)) for key, value in rest.items() if _is_table(value)),
+        *(
+            _section(_words(key).capitalize(), _definitions(value))
+            for key, value in rest.items()
+            if isinstance(value, Mapping)
+        ),
         *(_section(head, _definitions(data[key])) for key, head in _PAIRS.items() if key in data),
     ]
     body = "\n".join(filter(None, parts))
@@ -126,7 +131,7 @@ def _verdict(page: Kind, data: Mapping[str, Any]) -> str:
         return ""
     colour, meaning = page.verdicts.get(verdict, ("warn", ""))
     proof = {True: "verified", False: "not verified"}.get(data.get("verified", ""), "")
-    stop = f"It stops at <b>{escape(str(data['stops_at']))}</b>. " if "stops_at" in data else ""
+    stop = f"It stops at <b>{escape(str(data['stops_at']))}</b>: " if "stops_at" in data else ""
     reason = escape(str(data.get("reason", "")))
     return (
         f'<div class="verdict {colour}"><strong>{escape(str(verdict))}</strong> <span>{proof}</span>'
@@ -156,7 +161,7 @@ def _definitions(pairs: Mapping[str, Any]) -> str:
     rows = [
         f"<dt>{escape(_words(key))}</dt><dd>{escape(_text(value))}</dd>"
         for key, value in pairs.items()
-        if key not in ("stops_at", "reason") and not _is_empty(value)
+        if key not in _IN_VERDICT and not _is_empty(value)
     ]
     return f"<dl>{''.join(rows)}</dl>" if rows else ""
 

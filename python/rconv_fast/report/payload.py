@@ -25,7 +25,7 @@ INVERSION_SCHEMA = "rconv_fast.inversion/1"
 def of_inversion(inversion: Inversion) -> dict[str, Any]:
     """Everything an `Inversion` says but for the values themselves: of inputs and features the shapes."""
     determined, deviation = inversion.determined, inversion.uncertainty
-    known = [] if deviation is None else deviation[deviation.isfinite()].double()
+    known = None if deviation is None else deviation[deviation.isfinite()].double()
     return {
         "schema": INVERSION_SCHEMA,
         "verdict": inversion.verdict,
@@ -33,9 +33,9 @@ def of_inversion(inversion: Inversion) -> dict[str, Any]:
         "batch_size": inversion.batch_size,
         "labels": inversion.labels,
         "label_counts": inversion.label_counts,
-        "inputs": shape_of(inversion.inputs),
+        "shape": shape_of(inversion.inputs),
         "determined": None if determined is None else float(determined.double().mean()),
-        "predicted_error": float(known.square().mean().sqrt()) if len(known) else None,
+        "predicted_error": None if known is None or not len(known) else float(known.square().mean().sqrt()),
         "gradient_residual": inversion.gradient_residual,
         "noise_ratio": inversion.noise_ratio,
         "scale": inversion.scale,

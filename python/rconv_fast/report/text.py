@@ -19,6 +19,16 @@ MAX_LISTED = 20
 def summarise(inversion: Inversion) -> str:
     """An `Inversion` as text."""
     lines = [headline(inversion)]
+    if inversion.layers:
+        lines += table(LAYER_COLUMNS, layer_cells(inversion))
+    if len(inversion.samples) > 1 or any(sample.status != "exact" for sample in inversion.samples):
+        lines += table(SAMPLE_COLUMNS, sample_cells(inversion))
+    return "\n".join(lines + details(inversion))
+
+
+def details(inversion: Inversion) -> list[str]:
+    """Where it stopped and why, what else is known, the notes: a line each."""
+    lines = []
     if inversion.stops_at is not None:
         lines.append(f"stops at {inversion.stops_at}: {inversion.reason}")
     if inversion.features and inversion.inputs is None:
@@ -26,11 +36,7 @@ def summarise(inversion: Inversion) -> str:
         lines.append(f"recovered up to there, the inputs of: {known}")
     if inversion.tokens is not None:
         lines.append(f"token ids in the batch: {listed(inversion.tokens)}")
-    if inversion.layers:
-        lines += table(LAYER_COLUMNS, layer_cells(inversion))
-    if len(inversion.samples) > 1 or any(sample.status != "exact" for sample in inversion.samples):
-        lines += table(SAMPLE_COLUMNS, sample_cells(inversion))
-    return "\n".join(lines + [f"note: {note}" for note in inversion.notes])
+    return lines + [f"note: {note}" for note in inversion.notes]
 
 
 def headline(inversion: Inversion) -> str:

@@ -1,0 +1,139 @@
+"""The commands and their options, as typer has them: what a command does is in a module of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rconv_fast import __version__
+from rconv_fast.cli import screen
+from rconv_fast.cli.options import Device, Precision
+
+app = typer.Typer(
+    name="rconv-fast",
+    help="What gradients give away, exactly: to audit your own federated-learning set-ups.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="PKG.MODULE:FACTORY or file.py:FACTORY (this runs your own code), or a name in rconv_fast.models."
+    ),
+]
+Shape = Annotated[str, typer.Option(help="Shape of one sample, as in 3x32x32.")]
+Batches = Annotated[str, typer.Option(help="Batch sizes, as in 1,4,8.")]
+Where = Annotated[Device, typer.Option(help="Where to compute; auto takes a GPU if there is one.")]
+Out = Annotated[Path, typer.Option(help="Folder for report.json, report.html and the pictures.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run's files from --out.")]
+JsonFile = Annotated[Path | None, typer.Option(help="Write the report there as JSON.")]
+HtmlFile = Annotated[Path | None, typer.Option(help="Write the report there as a page.")]
+FailOn = Annotated[
+    str | None, typer.Option(help="Exit code 1 at this verdict or a worse one: exact, partial, 'features only', ...")
+]
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """What gradients give away, exactly: to audit your own federated-learning set-ups."""
+    if version:
+        print(f"rconv-fast {__version__}")
+
+
+@app.command()
+def demo(
+    image: Annotated[Path | None, typer.Option(help="Your own photo instead of the one shipped.")] = None,
+    size: Annotated[int, typer.Option(help="Side of the square photo in pixels: 32 or 224.")] = 32,
+    batch: Annotated[int, typer.Option(help="How many photos share one gradient.")] = 1,
+    model: Annotated[str | None, typer.Option(help="A network of rconv_fast.models; by the size if not given.")] = None,
+    activation: Annotated[str, typer.Option(help="Activation of the network: relu, leaky_relu, sigmoid, ...")] = "relu",
+    noise: Annotated[float, typer.Option(help="Noise on the gradients, relative to each tensor's size.")] = 0.0,
+    device: Where = Device.auto,
+    dtype: Annotated[Precision, typer.Option(help="Precision of the model and its gradients.")] = Precision.float64,
+    seed: Annotated[int, typer.Option(help="Of the network's parameters and of the labels.")] = 0,
+    out: Out = Path("out/demo"),
+    overwrite: Overwrite = False,
+) -> int:
+    """Compute the gradients of real photos with a CNN, forget the photos, recover them from the gradients."""
+    from rconv_fast.cli.demo import demo
+
+    return demo(image, size, batch, model, activation, noise, device, dtype, seed, out, overwrite)
+
+
+@app.command()
+def check(
+    model: Model,
+    input_shape: Shape,
+    batch: Batches = "1",
+    json: JsonFile = None,
+    html: HtmlFile = None,
+    fail_on: FailOn = None,
+) -> int:
+    """Count every layer's equations from the model's structure alone: seconds, no gradients."""
+    from rconv_fast.cli.judging import check
+
+    return check(model, input_shape, batch, json, html, fail_on)
+
+
+@app.command()
+def audit(
+    model: Model,
+    input_shape: Shape,
+    batch: Batches = "1",
+    state: Annotated[Path | None, typer.Option(help="A checkpoint: trained models differ from new ones.")] = None,
+    loss: Annotated[str, typer.Option(help="The loss that clients use.")] = "cross_entropy",
+    noise: Annotated[float, typer.Option(help="Noise on the gradients, relative to each tensor's size.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the probe.")] = 0,
+    json: JsonFile = None,
+    html: HtmlFile = None,
+    fail_on: FailOn = None,
+) -> int:
+    """Judge a model with a probe: what would leak at these batch sizes, where, and what would stop it."""
+    from rconv_fast.cli.judging import audit
+
+    given = {"loss": loss, "noise": noise, "seed": seed}
+    return audit(model, state, input_shape, batch, given, json, html, fail_on)
+
+
+@app.command()
+def invert(
+    model: Model,
+    state: Annotated[Path, typer.Option(help="The model's state: safetensors, npz, or a torch.save file.")],
+    input_shape: Shape,
+    gradients: Annotated[Path | None, typer.Option(help="Gradients, by parameter name or in parameter order.")] = None,
+    after: Annotated[Path | None, typer.Option(help="Instead of them: the state after the client's training.")] = None,
+    lr: Annotated[float | None, typer.Option(help="With --after: the client's learning rate.")] = None,
+    steps: Annotated[int, typer.Option(help="With --after: the client's local steps.")] = 1,
+    momentum: Annotated[float, typer.Option(help="With --after: of the client's SGD.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(help="With --after: of the client's SGD.")] = 0.0,
+    batch: Annotated[int | None, typer.Option(help="Samples behind the gradients; found if not given.")] = None,
+    loss: Annotated[str, typer.Option(help="The loss, as torch.nn.functional names it.")] = "cross_entropy",
+    reduction: Annotated[str | None, typer.Option(help="Of the loss over the batch: mean or sum.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Noise on the gradients, relative to each tensor's size.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds; what is known by then is reported.")] = None,
+    training: Annotated[bool, typer.Option("--training", help="The client's model was in training mode.")] = False,
+    device: Where = Device.auto,
+    out: Out = Path("out/invert"),
+    overwrite: Overwrite = False,
+) -> int:
+    """Recover the batch behind gradients, or behind an update, of your own model."""
+    from rconv_fast.cli.inverting import Update, invert
+
+    update = None if after is None else Update(after, lr, steps, momentum, weight_decay)
+    given = {"batch_size": batch, "loss": loss, "reduction": reduction, "noise": noise, "time_limit": time_limit}
+    return invert(model, state, gradients, update, input_shape, given, training, device.resolve(), out, overwrite)
+
+
+@app.command()
+def info() -> int:
+    """Say what this binary was built with and what it finds here."""
+    from rconv_fast._build_info import build_info
+
+    width = max(map(len, build_info()))
+    for key, value in build_info().items():
+        screen.print_line(f"{key:{width}}  {screen.as_text(value)}")
+    return 0

@@ -1,0 +1,119 @@
+"""``rconv-fast check`` and ``audit``: what gradients of a model would give away, without private data."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rconv_fast.audit import LayerRank, rank_analysis
+from rconv_fast.cli import DONE, LESS, screen
+from rconv_fast.cli.options import build_model, load_state, parse_batches, parse_shape
+from rconv_fast.errors import require
+from rconv_fast.report import files, page, payload
+
+CHECK_SCHEMA = "rconv_fast.check/1"
+# From the worst to the best; --fail-on fails at its verdict and at all before it.
+SEVERITY = ("exact", "partial", "features only", "not covered", "none found")
+COLOURS = dict(zip(SEVERITY, ("red", "red", "yellow", "yellow", "green"), strict=True))
+COLUMNS = ("layer", "kind", "|A|", "|B|", "unknowns", "paper says", "rank at most", "determined", "stops here because")
+
+
+def check(model: str, input_shape: str, batch: str, json: Path | None, html: Path | None, fail_on: str | None) -> int:
+    """Count the equations of every layer; returns the exit code."""
+    shape, sizes = parse_shape("check", input_shape), parse_batches("check", batch)
+    _check_severity("check", fail_on)
+    network = build_model("check", model)
+    layers = {size: rank_analysis(network, shape, batch_size=size) for size in sizes}
+    verdicts = {size: _verdict_of(found) for size, found in layers.items()}
+    for size, found in layers.items():
+        screen.print_line(f"batch size {size}: {verdicts[size]}", COLOURS[verdicts[size]])
+        screen.print_rows(COLUMNS, [_cells(layer) for layer in found])
+    settings = {"model": model, "input_shape": input_shape, "batch": batch}
+    _write(
+        json,
+        html,
+        {
+            "schema": CHECK_SCHEMA,
+            "verdict": _worst(verdicts.values()),
+            **{f"layers_at_batch_size_{size}": [asdict(layer) for layer in found] for size, found in layers.items()},
+            "settings": settings,
+            "environment": payload.environment(),
+        },
+    )
+    return _exit_code(_worst(verdicts.values()), fail_on)
+
+
+def audit(
+    model: str,
+    state: Path | None,
+    input_shape: str,
+    batch: str,
+    options: Mapping[str, Any],
+    json: Path | None,
+    html: Path | None,
+    fail_on: str | None,
+) -> int:
+    """Judge a model with a probe; returns the exit code."""
+    shape, sizes = parse_shape("audit", input_shape), parse_batches("audit", batch)
+    require(len(sizes) == 1 or not (json or html), "audit", "--batch", "be one number with --json or --html", batch)
+    _check_severity("audit", fail_on)
+    network = build_model("audit", model)
+    if state is not None:
+        network = load_state("audit", network, state)
+    given = {name: value for name, value in options.items() if value is not None}
+    judge = importlib.import_module("rconv_fast.audit").audit
+    reports = [judge(network.eval(), shape, batch_size=size, **given) for size in sizes]
+    for report in reports:
+        screen.print_line(report.summary())
+        if json is not None:
+            files.write_private(json, report.to_json())
+        if html is not None:
+            report.to_html(html)
+    return _exit_code(_worst(report.verdict for report in reports), fail_on)
+
+
+def _verdict_of(layers: Sequence[LayerRank]) -> str:
+    """By structure alone: whether the recursion passes every layer."""
+    stops = [layer for layer in layers if layer.stops]
+    if any(not layer.covered for layer in stops):
+        return "not covered"
+    if not stops:
+        return "exact"
+    return "features only" if any(layer.determined for layer in layers) else "none found"
+
+
+def _cells(layer: LayerRank) -> tuple[str, ...]:
+    return (
+        layer.name,
+        layer.kind,
+        str(layer.weight_constraints),
+        str(layer.gradient_constraints),
+        str(layer.unknowns),
+        "yes" if layer.paper_says else "no",
+        str(layer.rank_bound),
+        "yes" if layer.determined else "no",
+        layer.reason,
+    )
+
+
+def _write(json: Path | None, html: Path | None, data: Mapping[str, Any]) -> None:
+    if json is not None:
+        files.save_report(json, data)
+    if html is not None:
+        files.write_private(html, page.render("audit", data))
+
+
+def _check_severity(command: str, fail_on: str | None) -> None:
+    require(fail_on is None or fail_on in SEVERITY, command, "--fail-on", f"be one of {', '.join(SEVERITY)}", fail_on)
+
+
+def _worst(verdicts: Iterable[str]) -> str:
+    return min(verdicts, key=SEVERITY.index)
+
+
+def _exit_code(verdict: str, fail_on: str | None) -> int:
+    failed = fail_on is not None and SEVERITY.index(verdict) <= SEVERITY.index(fail_on)
+    return LESS if failed else DONE

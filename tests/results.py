@@ -1,0 +1,45 @@
+"""Inversions made by hand, for the tests of what shows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rconv_fast.verdict import Inversion, LayerReport, Sample
+
+LAYER = LayerReport("conv1", "Conv2d", 7, 5, 5, 3.0, 1e-15, "phase-cholesky", "cholesky", 0.1)
+
+
+def exact(inputs: torch.Tensor, **changes: Any) -> Inversion:
+    """Everything proven."""
+    size = len(inputs)
+    found = {
+        "verdict": "exact",
+        "verified": True,
+        "inputs": inputs,
+        "labels": torch.arange(size),
+        "layers": [LAYER],
+        "gradient_residual": 1e-15,
+        "noise_ratio": 0.9,
+        "determined": torch.ones_like(inputs, dtype=torch.bool),
+        "uncertainty": torch.full_like(inputs, 1e-12),
+        "samples": [Sample(i, 1e-15) for i in range(size)],
+        "batch_size": size,
+    }
+    return Inversion(**{**found, **changes})
+
+
+def features(**changes: Any) -> Inversion:
+    """No inputs: one layer could not be passed."""
+    found = {
+        "verdict": "features",
+        "labels": torch.tensor([3]),
+        "batch_size": 1,
+        "label_counts": torch.tensor([0, 0, 0, 1]),
+        "features": {"fc": torch.rand(1, 8)},
+        "stops_at": "pool",
+        "reason": "a maximum hides where its values came from",
+        "notes": ["fc is exact. Take its input as what leaked."],
+    }
+    return Inversion(**{**found, **changes})
