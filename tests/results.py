@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 
-from rconv_fast.verdict import Inversion, LayerReport, Sample
+from rconv_fast.solve import Evidence
+from rconv_fast.verdict import Inversion, Sample
+from rconv_fast.walk.report import LayerReport
 
-LAYER = LayerReport("conv1", "Conv2d", 7, 5, 5, 3.0, 1e-15, "phase-cholesky", "cholesky", 0.1)
+EVIDENCE = Evidence(
+    rank=5, unknowns=5, rows=7, residual=1e-15, condition=3.0, solver="phase-cholesky", proof="cholesky"
+)
+LAYER = LayerReport("conv1", "Conv2d", EVIDENCE, 0.1)
 
 
 def exact(inputs: torch.Tensor, **changes: Any) -> Inversion:

@@ -258,7 +258,8 @@ def test_interrupt_is_exit_code_130(run: Run, fake: FakeInversion, tmp_path: Pat
 
 
 def test_an_interrupted_inversion_keeps_what_it_knew(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
-    fake.result = InterruptedInversionError("conv1", {"fc": torch.ones(1, 3)})
+    known = features(features={"fc": torch.ones(1, 3)}, stops_at="conv1", reason="interrupted")
+    fake.result = InterruptedInversionError(known)
     done = run("demo", "--out", tmp_path)
     assert done.exit_code == 130
     assert load_file(tmp_path / "features.safetensors")["input of fc"].tolist() == [[1.0, 1.0, 1.0]]

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 import rconv_fast
-from rconv_fast import errors, progress
+from rconv_fast import progress
 from rconv_fast.cli import DONE, INTERRUPTED, LESS, screen
+from rconv_fast.errors import InterruptedInversionError
 from rconv_fast.report import files, page, payload, pictures
-from rconv_fast.verdict import Inversion, LayerReport
+from rconv_fast.verdict import Inversion
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,10 @@ def invert(model: nn.Module, gradients: Any, shape: tuple[int, ...], **options: 
     start, interrupted = time.perf_counter(), False
     with progress.display() as show:
         try:
-            found: Any = rconv_fast.invert(model, gradients, shape, progress=show, **options)
-        except errors.InterruptedInversionError as error:
-            found, interrupted = error, True
-        except errors.UnsupportedModelError as error:
-            found = error
-    return Outcome(_as_inversion(found), time.perf_counter() - start, interrupted)
+            found = rconv_fast.invert(model, gradients, shape, progress=show, **options)
+        except InterruptedInversionError as error:
+            found, interrupted = error.inversion, True
+    return Outcome(found, time.perf_counter() - start, interrupted)
 
 
 def assumptions(loss: str, training: bool, noise: float | None, source: str) -> list[str]:
@@ -108,28 +107,3 @@ def finish(outcome: Outcome, said: str, written: Sequence[Path]) -> int:
     """Print the outcome and return the exit code."""
     screen.print_inversion(outcome.inversion, outcome.seconds, said, written)
     return outcome.exit_code
-
-
-def _as_inversion(found: Any) -> Inversion:
-    """An `Inversion`, also from the errors that carry one."""
-    if isinstance(found, Inversion):
-        return found
-    held = getattr(found, "inversion", None)
-    if isinstance(held, Inversion):
-        return held
-    if isinstance(found, errors.UnsupportedModelError | errors.InterruptedInversionError):
-        place = found.module if isinstance(found, errors.UnsupportedModelError) else found.layer
-        reason = found.reason if isinstance(found, errors.UnsupportedModelError) else "interrupted"
-        verdict = "features" if found.features else "nothing"
-        return Inversion(verdict, features=found.features, stops_at=place, reason=reason)
-    return Inversion(
-        verdict="exact" if found.verified else "approximate",
-        verified=found.verified,
-        inputs=found.inputs,
-        labels=found.labels,
-        layers=[LayerReport(**vars(layer)) for layer in found.layers],
-        gradient_residual=found.gradient_residual,
-        determined=found.determined,
-        batch_size=len(found.inputs),
-        notes=found.notes,
-    )

@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     from rconv_fast.verdict import Inversion
 
 INVERSION_SCHEMA = "rconv_fast.inversion/1"
+LAYER_FIELDS = (
+    "name",
+    "kind",
+    "rows",
+    "unknowns",
+    "rank",
+    "condition",
+    "residual",
+    "solver",
+    "proof",
+    "seconds",
+    "patterns",
+)
 
 
 def of_inversion(inversion: Inversion) -> dict[str, Any]:
@@ -43,7 +56,7 @@ def of_inversion(inversion: Inversion) -> dict[str, Any]:
         "reason": inversion.reason,
         "notes": list(inversion.notes),
         "samples": [asdict(sample) for sample in inversion.samples],
-        "layers": [asdict(layer) for layer in inversion.layers],
+        "layers": [{field: getattr(layer, field) for field in LAYER_FIELDS} for layer in inversion.layers],
         "features": {name: shape_of(value) for name, value in inversion.features.items()},
         "tokens": inversion.tokens,
     }
