@@ -527,3 +527,39 @@ def test_invert_recovers_a_sample_from_files(tmp_path: Path) -> None:
     assert psnr(found["inputs"], sample) >= 150
     assert found["labels"].tolist() == [6]
     assert any(line.startswith("rconv_fast: conv1: ") for line in done.stderr.splitlines())
+
+
+def test_sweep_writes_a_table_and_goes_on_with_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "linear_net.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 12)).double()\n"
+    )
+    (tmp_path / "pictures").mkdir()
+    for i, photo in enumerate(photos.load(None, 32, 2)):
+        image = (255 * photo).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{i}.png")
+    given = ["sweep", "--model", f"{tmp_path / 'linear_net.py'}:build", "--images", tmp_path / "pictures"]
+    given += ["--input-shape", "3x8x8", "--batch", "1,2", "--out", tmp_path / "t.parquet"]
+    done = run(*given)
+    assert done.exit_code == 0, done.errors
+    lines = [line.split() for line in done.output.splitlines() if "linear_net" in line]
+    assert [line[1:6] for line in lines] == [["1", "none", "0", "2", "1"], ["2", "none", "0", "1", "1"]]
+    assert run(*given).exit_code == 0
+    assert "--attack must be one of aono" in error_line(run(*given, "--attack", "i2f_bound"))
+
+
+def test_a_model_that_cannot_be_read_is_not_covered_and_no_bad_usage(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "dynamic.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc = nn.Linear(4, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(2 * x if x.sum() > 0 else x)\n"
+    )
+    given = ["check", "--model", f"{tmp_path / 'dynamic.py'}:Net", "--input-shape", "4"]
+    done = run(*given)
+    assert done.exit_code == 0
+    assert "not covered" in done.output
+    assert "control flow" in done.output
+    assert run(*given, "--fail-on", "not covered").exit_code == 1

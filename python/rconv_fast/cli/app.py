@@ -129,6 +129,28 @@ def invert(
 
 
 @app.command()
+def sweep(
+    model: Annotated[list[str], typer.Option(help="As for check; several are given one by one.")],
+    images: Annotated[Path, typer.Option(help="A folder of pictures, a CIFAR or an MNIST folder.")],
+    out: Annotated[Path, typer.Option(help="The table, in Parquet; one that is there is continued.")],
+    input_shape: Shape = "3x32x32",
+    batch: Batches = "1",
+    defence: Annotated[list[str], typer.Option(help="NAME:STRENGTH, as gaussian:0.01; several one by one.")] = ["none"],  # noqa: B006
+    noise: Annotated[list[float], typer.Option(help="Noise before the defence, relative; several one by one.")] = [0.0],  # noqa: B006
+    n_images: Annotated[int | None, typer.Option(help="Take only so many pictures.")] = None,
+    attack: Annotated[str | None, typer.Option(help="A baseline of rconv_fast.baselines instead of invert.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds for each inversion.")] = None,
+    seed: Annotated[int, typer.Option(help="Of labels and noise.")] = 0,
+    jobs: Annotated[int, typer.Option(help="Processes of this machine.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster: auto, or local.")] = None,
+) -> int:
+    """Invert pictures x models x batch sizes x defences x noise, one row each, resumable."""
+    from rconv_fast.cli.sweeping import sweep
+
+    return sweep(model, images, out, input_shape, batch, defence, noise, n_images, attack, time_limit, seed, jobs, ray)
+
+
+@app.command()
 def info() -> int:
     """Say what this binary was built with and what it finds here."""
     from rconv_fast._build_info import build_info

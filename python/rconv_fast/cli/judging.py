@@ -8,10 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from rconv_fast.audit import LayerRank, rank_analysis
 from rconv_fast.cli import DONE, LESS, screen
 from rconv_fast.cli.options import build_model, load_state, parse_batches, parse_shape
-from rconv_fast.errors import require
+from rconv_fast.errors import UnsupportedModelError, require
 from rconv_fast.report import files, page, payload
 
 CHECK_SCHEMA = "rconv_fast.check/1"
@@ -26,7 +28,7 @@ def check(model: str, input_shape: str, batch: str, json: Path | None, html: Pat
     shape, sizes = parse_shape("check", input_shape), parse_batches("check", batch)
     _check_severity("check", fail_on)
     network = build_model("check", model)
-    layers = {size: rank_analysis(network, shape, batch_size=size) for size in sizes}
+    layers = {size: _layers(network, shape, size) for size in sizes}
     verdicts = {size: _verdict_of(found) for size, found in layers.items()}
     for size, found in layers.items():
         screen.print_line(f"batch size {size}: {verdicts[size]}", COLOURS[verdicts[size]])
@@ -73,6 +75,14 @@ def audit(
         if html is not None:
             report.to_html(html)
     return _exit_code(_worst(report.verdict for report in reports), fail_on)
+
+
+def _layers(network: nn.Module, shape: tuple[int, ...], size: int) -> list[LayerRank]:
+    """The analysis; of a model that cannot be read, one layer that is not covered."""
+    try:
+        return rank_analysis(network, shape, batch_size=size)
+    except UnsupportedModelError as error:
+        return [LayerRank(error.module, type(network).__name__, covered=False, reason=error.reason)]
 
 
 def _verdict_of(layers: Sequence[LayerRank]) -> str:
