@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.errors import UnsupportedModelError, require
+from rconv_fast.errors import require
 from rconv_fast.estimate.fisher import dense_fisher, has_structure
 from rconv_fast.estimate.gauss_newton import conjugate_gradients
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
+from rconv_fast.estimate.information import Information
 from rconv_fast.estimate.noise_model import noise_of
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Noise
-from rconv_fast.walk.graph import Graph, build_graph
+from rconv_fast.wrappers import working_copy
 
 # The information matrix is formed and inverted up to this many input values (3072: 32 x 32 x 3).
 DENSE_UP_TO = 3072
-# A direction with this share of the mean information or less says nothing; it is open.
-OPEN = 1e-12
 # Samples and iterations of the estimate for larger inputs.
 SAMPLES, ITERATIONS, TOLERANCE = 16, 500, 1e-3
 
@@ -88,7 +86,7 @@ def cramer_rao(
     """
     problem, x = problem_of(model, loss, inputs, targets, noise)
     if x.numel() <= DENSE_UP_TO:
-        variance = _variance(_information(problem, x, known_scale)).reshape(x.shape)
+        variance = Information.create(_information(problem, x, known_scale), x.shape).variance
         exact = True
     else:
         variance, exact = _sampled_variance(problem.at(x), x), False
@@ -129,37 +127,6 @@ def fisher_matrix(
     return _information(problem, x, known_scale)
 
 
-def information_solves(fisher: Tensor) -> tuple[Tensor, Tensor]:
-    """``F^-1`` (n, n) with open directions held, and which values are open (n,) bool."""
-    size = fisher.diagonal().clamp_min(0).sqrt()
-    live = size > math.sqrt(OPEN) * float(size.max())
-    safe = torch.where(live, size, 1.0)
-    scaled = fisher / safe[:, None] / safe
-    scaled.diagonal().add_(OPEN)
-    scaled.diagonal()[~live] = 1.0
-    inverse = torch.cholesky_inverse(_cholesky(scaled))
-    # With the shift alone a fully open value would have the variance 1 / OPEN.
-    is_open = ~live | (inverse.diagonal() > 1e-3 / OPEN)
-    return inverse / safe[:, None] / safe, is_open
-
-
-def _variance(fisher: Tensor) -> Tensor:
-    inverse, is_open = information_solves(fisher)
-    return inverse.diagonal().clamp_min(0).masked_fill(is_open, math.inf)
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Of a matrix with unit diagonal that rounding may have made slightly indefinite."""
-    shift = 0.0
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        if not bool(failed):
-            root: Tensor = factor
-            return root
-        shift = max(10 * shift, OPEN)
-        matrix.diagonal().add_(shift)
-
-
 def _information(problem: GradientMap, x: Tensor, known_scale: bool) -> Tensor:
     fisher = dense_fisher(problem, x)
     return fisher if known_scale else without_scale(fisher, problem.at(x))
@@ -177,20 +144,12 @@ def problem_of(
 ) -> tuple[GradientMap, Tensor]:
     """The gradients of the true inputs and their noise, in float64."""
     loss = loss if isinstance(loss, Loss) else Loss(loss)
-    work, x = copy.deepcopy(model).double(), inputs.detach().double()
+    work, x = working_copy(model, torch.float64), inputs.detach().double()
     unit = {name: torch.zeros_like(p) for name, p in work.named_parameters()}
     plain = GradientMap(work, loss, targets, unit, {name: torch.ones((), dtype=x.dtype) for name in unit})
     seen = dict(zip(plain.parameters, (g.detach() for g in plain.gradients(x)), strict=True))
     sigma, _ = noise_of(seen, noise, arithmetic=torch.float64)
-    return GradientMap(work, loss, targets, seen, sigma, graph_of(work, x)), x
-
-
-def graph_of(model: nn.Module, x: Tensor) -> Graph | None:
-    """The model's steps, or None where it cannot be traced."""
-    try:
-        return build_graph(model, {}, tuple(x.shape[1:]), len(x))
-    except UnsupportedModelError:
-        return None
+    return GradientMap.read(work, loss, targets, seen, sigma, x.shape), x
 
 
 def _sampled_variance(at: Linearisation, x: Tensor) -> Tensor:
@@ -214,4 +173,4 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
-__all__ = ["Bound", "cramer_rao", "fisher_matrix", "has_structure", "information_solves", "problem_of"]
+__all__ = ["Bound", "cramer_rao", "fisher_matrix", "has_structure", "problem_of"]

@@ -95,8 +95,8 @@ def _structure(problem: GradientMap) -> _Structure | None:
     layers = []
     for step in graph.steps.values():
         if isinstance(step.rule, ConvRule):
-            bias = None if step.rule.bias is None else names.get(step.rule.bias.data_ptr())
-            layers.append(_Layer(step, step.rule, names.get(step.rule.weight.data_ptr()), bias))
+            bias = None if step.rule.stored.bias is None else names.get(step.rule.stored.bias.data_ptr())
+            layers.append(_Layer(step, step.rule, names.get(step.rule.stored.weight.data_ptr()), bias))
     if not layers:
         return None
     order = list(graph.steps)
@@ -135,7 +135,7 @@ def _from_structure(problem: GradientMap, structure: _Structure, x: Tensor) -> T
             source = layer.step.inputs[0]
             p, a = reach[layer.step.name], tangents.of(source)
             _add_layer(problem, layer, values[source], d, p, a, fisher, cross, inner)
-        t = tangents.dense(last.step.name) @ hessian
+        t = tangents.dense(last.step.name).mT @ hessian
         half = cross + t @ (inner / 2)
         mixed = t @ half.mT
         total = fisher.total() + mixed + mixed.mT
@@ -184,7 +184,7 @@ def _add_layer(
     rows = (derivative * w).flatten(1)
     inner += rows @ rows.mT
     back = torch.stack([apply_weight_adjoint(geometry, g, y) for y in derivative * w.square()]).flatten(1)
-    cross += back.mT if tangent is None else tangent @ back.mT
+    cross += back.mT if tangent is None else tangent.mT @ back.mT
     if geometry.n_input == 1:
         fisher.add_single(torch.einsum("bf,fc,ef->cbe", g.flatten(1), w.flatten(1).square(), g.flatten(1)), tangent)
         return
@@ -241,11 +241,11 @@ class _Gram:
         if tangent is None:
             self._total[places[:, None], places] += block
             return
-        a = tangent[:, places]
-        live = a.any(dim=0) & (block.diagonal() > 0)
+        a = tangent[places]
+        live = a.any(dim=1) & (block.diagonal() > 0)
         if not bool(live.any()):
             return
-        self._rows.append(a[:, live] @ _root(block[live][:, live]))
+        self._rows.append(_root(block[live][:, live]).mT @ a[live])
         self._width += int(live.sum())
         if self._width > PANEL:
             self._flush()
@@ -255,10 +255,10 @@ class _Gram:
         channels, batch = blocks.shape[:2]
         if tangent is None:
             tangent = torch.eye(len(self._total), dtype=blocks.dtype, device=blocks.device)
-        a = tangent.reshape(len(tangent), batch, channels)
-        live = a.flatten(0, 1).any(dim=0)
-        rows = torch.einsum("nbc,cbe->nce", a[:, :, live], torch.stack([_root(block) for block in blocks[live]]))
-        self._rows.append(rows.flatten(1))
+        a = tangent.reshape(batch, channels, -1)
+        live = a.any(dim=2).any(dim=0) & (blocks.diagonal(dim1=1, dim2=2).sum(1) > 0)
+        roots = torch.stack([_root(block) for block in blocks[live]])
+        self._rows.append(torch.einsum("bcn,cbe->cen", a[:, live], roots).flatten(0, 1))
         self._flush()
 
     def total(self) -> Tensor:
@@ -268,10 +268,10 @@ class _Gram:
 
     def _flush(self) -> None:
         if self._rows:
-            y = torch.cat(self._rows, 1)
-            for part in torch.arange(len(y), device=y.device).chunk(8):  # the lower triangle, mirrored
+            y = torch.cat(self._rows)
+            for part in torch.arange(y.shape[1], device=y.device).chunk(8):  # the lower triangle, mirrored
                 low, high = int(part[0]), int(part[-1]) + 1
-                product = y[low:high] @ y[:high].mT
+                product = y[:, low:high].mT @ y[:, :high]
                 self._total[low:high, :high] += product
                 self._total[:low, low:high] += product[:, :low].mT
         self._rows, self._width = [], 0
@@ -291,7 +291,7 @@ def _root(block: Tensor) -> Tensor:
 
 
 class _Tangents:
-    """``da/dx`` of each step's tensor, one row an input value: (n, values of the step); None is the identity."""
+    """``da/dx`` of each step's tensor, (values of the step, n); None is the identity."""
 
     def __init__(
         self, problem: GradientMap, graph: Graph, values: dict[str, Tensor], spread: dict[str, Tensor]
@@ -312,19 +312,19 @@ class _Tangents:
         return self._found[name]
 
     def _through(self, step: Step, rule: ConvRule) -> Tensor:
-        """``A W^T``, at the outputs that reach the logits; the others are left 0."""
+        """``W A``, at the outputs that reach the logits; the others are left 0."""
         before = self.of(step.inputs[0])
         live = self._spread[step.name].flatten(1).any(dim=0)
         outputs = rule.geometry.out_channels * rule.geometry.n_output
         inputs = rule.geometry.in_channels * rule.geometry.n_input
-        result = rule.weight.new_zeros(self._n, step.shape[0] * outputs)
+        result = rule.weight.new_zeros(step.shape[0] * outputs, self._n)
         for b in range(step.shape[0]):
             mine = live[b * outputs : (b + 1) * outputs]
-            rows, target = _dense_rows(rule, mine), result[:, b * outputs : (b + 1) * outputs]
+            rows, target = _dense_rows(rule, mine), result[b * outputs : (b + 1) * outputs]
             if before is None:
-                target[b * inputs : (b + 1) * inputs, mine] = rows.mT
+                target[mine, b * inputs : (b + 1) * inputs] = rows
             else:
-                _sparse_product(before[:, b * inputs : (b + 1) * inputs], rows, mine, rule.geometry.n_output, target)
+                _sparse_product(rows, before[b * inputs : (b + 1) * inputs], mine, rule.geometry.n_output, target)
         return result
 
     def _along(self, step: Step) -> Tensor:
@@ -332,11 +332,11 @@ class _Tangents:
         operands = [self._values[o] for o in step.inputs]
         run = self._problem.pieces.get(step.name, step.forward)
         if isinstance(step.rule, ActivationRule):
-            return self.dense(step.inputs[0]) * _slope(run, operands[0]).flatten()
-        befores = [self.dense(o).reshape(self._n, *self._values[o].shape) for o in step.inputs]
+            return self.dense(step.inputs[0]) * _slope(run, operands[0]).reshape(-1, 1)
+        befores = [self.dense(o).reshape(*self._values[o].shape, self._n) for o in step.inputs]
         push = lambda *v: torch.func.jvp(run, tuple(operands), v)[1]  # noqa: E731
-        moved: Tensor = torch.func.vmap(push, chunk_size=256)(*befores)
-        return moved.reshape(self._n, -1)
+        moved: Tensor = torch.func.vmap(push, -1, -1, chunk_size=256)(*befores)
+        return moved.reshape(-1, self._n)
 
     def dense(self, name: str) -> Tensor:
         """Of one step, the identity written out."""
@@ -351,8 +351,8 @@ def _slope(run: Callable[..., Tensor], z: Tensor) -> Tensor:
         return torch.autograd.grad(run(z).sum(), z)[0]
 
 
-def _sparse_product(a: Tensor, rows: Tensor, live: Tensor, positions: int, target: Tensor) -> None:
-    """``a rows^T`` into the live columns of `target`: outputs at one position see the same few values of x."""
+def _sparse_product(rows: Tensor, a: Tensor, live: Tensor, positions: int, target: Tensor) -> None:
+    """``rows a`` into the live rows of `target`: outputs at one position see the same few values of x."""
     outputs = live.nonzero().flatten()
     for u in range(positions):
         mine = outputs % positions == u
@@ -360,9 +360,9 @@ def _sparse_product(a: Tensor, rows: Tensor, live: Tensor, positions: int, targe
             continue
         block = rows[mine]
         seen = block.any(dim=0).nonzero().flatten()
-        part = a[:, seen]
-        reached = part.any(dim=1).nonzero().flatten()
-        target[reached[:, None], outputs[mine]] = part[reached] @ block[:, seen].mT
+        part = a[seen]
+        reached = part.any(dim=0).nonzero().flatten()
+        target[outputs[mine][:, None], reached] = block[:, seen] @ part[:, reached]
 
 
 def _dense_rows(rule: ConvRule, live: Tensor) -> Tensor:

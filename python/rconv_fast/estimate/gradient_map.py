@@ -14,8 +14,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.losses import Loss
-from rconv_fast.walk.graph import Graph
+from rconv_fast.errors import UnsupportedModelError
+from rconv_fast.losses import Loss, logits_in
+from rconv_fast.walk.canonical import LOSS_OF_LOGITS
+from rconv_fast.walk.graph import Graph, build_graph
 
 Parts = list[Tensor]
 Piece = Callable[[Tensor], Tensor]
@@ -30,7 +32,7 @@ class GradientMap:
     model : nn.Module
         A working copy in the working dtype.
     loss, targets : Loss, Tensor
-        The client's.
+        Of the logits; without a graph, of what the model returns.
     seen : mapping of str to Tensor
         Observed gradients by parameter name.
     sigma : mapping of str to Tensor
@@ -60,6 +62,28 @@ class GradientMap:
         """The same with another factor."""
         return replace(self, scale=scale)
 
+    @classmethod
+    def read(
+        cls,
+        model: nn.Module,
+        loss: Loss,
+        targets: Tensor,
+        seen: Mapping[str, Tensor],
+        sigma: Mapping[str, Tensor],
+        shape: torch.Size,
+        scale: float = 1.0,
+    ) -> GradientMap:
+        """Of a working copy of a model, read into steps for inputs of this shape (B, ...) where that is possible."""
+        whole = cls(model, loss, targets, seen, sigma, scale=scale)
+        try:
+            graph = build_graph(model, seen, tuple(shape[1:]), shape[0], next(iter(seen.values())).dtype)
+        except UnsupportedModelError:
+            return whole
+        if not graph.wrappers:
+            return replace(whole, graph=graph)
+        name = LOSS_OF_LOGITS.get((graph.wrappers[-1], loss.name)) if len(graph.wrappers) == 1 else None
+        return whole if name is None else replace(whole, graph=graph, loss=replace(loss, name=name))
+
     @property
     def parameters(self) -> dict[str, Tensor]:
         """The parameters whose gradients were seen."""
@@ -83,9 +107,9 @@ class GradientMap:
         return values
 
     def outputs(self, x: Tensor) -> Tensor:
-        """What the model returns, with the pieces in place."""
+        """The logits, with the pieces in place; without a graph, what the model returns."""
         if self.graph is None:
-            outputs: Tensor = self.model(x)
+            outputs: Tensor = logits_in(self.model(x))
             return outputs
         return self.values(x)[self.graph.output]
 
@@ -116,7 +140,9 @@ class GradientMap:
 
 
 class Linearisation:
-    """``r`` and the products with ``J`` at one x (double backward, one graph for all products).
+    """``r`` and the products with its Jacobian at one point (double backward, one graph for all products).
+
+    The unknowns are x and, where given, further tensors that the pieces hold: bits that are free.
 
     Attributes
     ----------
@@ -126,49 +152,60 @@ class Linearisation:
         ``dr / dlog c``: the model's gradients in units of the noise.
     """
 
-    def __init__(self, problem: GradientMap, x: Tensor) -> None:
-        self._x = x.detach().requires_grad_()
-        self._r = problem.residual(self._x)
+    def __init__(self, problem: GradientMap, x: Tensor, free: Parts | None = None) -> None:
+        at = x.detach().requires_grad_()
+        self._unknowns = [at, *(free or [])]
+        self._r = problem.residual(at)
         self._u = [torch.zeros_like(part, requires_grad=True) for part in self._r]
-        self._transposed = self._grad(self._r, self._x, self._u, create_graph=True)
+        self._transposed = self._pull(self._u, create_graph=True)
         self.residual = [part.detach() for part in self._r]
         seen = problem.whiten([problem.seen[name] for name in problem.parameters])
         self.scaled = [r + s for r, s in zip(self.residual, seen, strict=True)]
 
-    @staticmethod
-    def _grad(of: Parts, x: Tensor, u: Parts, *, create_graph: bool = False, batched: bool = False) -> Tensor:
-        live = [(part, v) for part, v in zip(of, u, strict=True) if part.requires_grad]
-        outputs, vectors = [part for part, _ in live], [v for _, v in live]
-        (found,) = torch.autograd.grad(
-            outputs,
-            x,
-            vectors,
-            create_graph=create_graph,
-            retain_graph=True,
-            materialize_grads=True,
-            is_grads_batched=batched,
-        )
-        return found
-
     def adjoint(self, u: Parts) -> Tensor:
-        """``J^T u``; u may have a leading axis of several."""
-        return self._grad(self._r, self._x, u, batched=u[0].ndim > self._r[0].ndim).detach()
+        """``J^T u`` for x; u may have a leading axis of several."""
+        return self.adjoints(u)[0]
+
+    def adjoints(self, u: Parts) -> Parts:
+        """``J^T u`` for every unknown."""
+        return [part.detach() for part in self._pull(u, batched=u[0].ndim > self._r[0].ndim)]
 
     def forward(self, v: Tensor) -> Parts:
-        """``J v``; v may have a leading axis of several."""
+        """``J v`` of a change of x; v may have a leading axis of several."""
+        return self.push([v, *(v.new_zeros(*v.shape[: v.ndim - self._x.ndim], *d.shape) for d in self._unknowns[1:])])
+
+    def push(self, v: Parts) -> Parts:
+        """``J v`` of a change of every unknown."""
         found = torch.autograd.grad(
             self._transposed,
             self._u,
             v,
             retain_graph=True,
             materialize_grads=True,
-            is_grads_batched=v.ndim > self._x.ndim,
+            is_grads_batched=v[0].ndim > self._x.ndim,
         )
         return [part.detach() for part in found]
 
     def normal(self, v: Tensor) -> Tensor:
-        """``J^T J v``."""
+        """``J^T J v`` for x."""
         return self.adjoint(self.forward(v))
+
+    @property
+    def _x(self) -> Tensor:
+        return self._unknowns[0]
+
+    def _pull(self, u: Parts, *, create_graph: bool = False, batched: bool = False) -> Parts:
+        live = [(part, v) for part, v in zip(self._r, u, strict=True) if part.requires_grad]
+        found = torch.autograd.grad(
+            [part for part, _ in live],
+            self._unknowns,
+            [v for _, v in live],
+            create_graph=create_graph,
+            retain_graph=True,
+            materialize_grads=True,
+            is_grads_batched=batched,
+        )
+        return list(found)
 
 
 def dot(a: Parts, b: Parts) -> float:

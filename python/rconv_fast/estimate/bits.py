@@ -1,0 +1,187 @@
+"""The bits that the noise leaves in doubt: freed, solved for together with the input, and rounded one after the other.
+
+To second order in bits t and input x, with ``J = [J_x J_t]`` and ``F = J_x^T J_x``, eliminating x leaves
+
+    ``chi^2(t) / 2 = t^T S t / 2 - b^T t``,   ``S = J_t^T J_t - J_t^T J_x F^-1 J_x^T J_t``,
+    ``b = -(J_t^T r - J_t^T J_x F^-1 J_x^T r)``
+
+for the few bits whose side the estimate and its error bars do not tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
+from rconv_fast.estimate.information import Information
+from rconv_fast.estimate.pieces import Bits, hold, kinked_steps
+
+# Bits whose probability is nearer to 0 and 1 than this are settled; of the others the most doubtful so many are freed.
+SETTLED, MOST = 1e-4, 300
+# Errors drawn to see how far the input of each activation may be off.
+DRAWS = 64
+# Products with one bit each that are done at once.
+TOGETHER = 32
+# Least variance of a bit's prior, and how near to 0 or 1 a relaxed bit must come to be fixed at once.
+LEAST_VARIANCE, NEAR = 0.04, 0.08
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """The bits in doubt: their places among all bits one after the other, and the probability of each to be 1."""
+
+    places: Tensor
+    probability: Tensor
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def put(self, bits: Bits, values: Tensor) -> dict[str, Tensor]:
+        """`bits` with these values at the places in doubt."""
+        flat = _flat(bits).clone()
+        flat[self.places] = values.to(flat)
+        parts = flat.split([d.numel() for d in bits.values()])
+        return {name: part.reshape(d.shape) for (name, d), part in zip(bits.items(), parts, strict=True)}
+
+
+def input_deviations(problem: GradientMap, x: Tensor, errors: Tensor) -> dict[str, Tensor]:
+    """Standard deviation of each kinked activation's input when x is off by errors like these, (count, *x.shape)."""
+    sources = _inputs_of_kinks(problem)
+    if not sources:
+        return {}
+
+    def inputs(v: Tensor) -> dict[str, Tensor]:
+        values = problem.values(v)
+        return {name: values[source] for name, source in sources.items()}
+
+    with torch.no_grad():
+        moved = torch.func.vmap(lambda e: torch.func.jvp(inputs, (x,), (e,))[1], chunk_size=16)(errors)
+    tiny = torch.finfo(x.dtype).tiny
+    return {name: z.square().mean(0).sqrt().clamp_min(tiny) for name, z in moved.items()}
+
+
+def kink_inputs(problem: GradientMap, x: Tensor) -> dict[str, Tensor]:
+    """The input of each kinked activation on a run."""
+    sources = _inputs_of_kinks(problem)
+    with torch.no_grad():
+        values = problem.values(x) if sources else {}
+    return {name: values[source] for name, source in sources.items()}
+
+
+def contradiction(inputs: Bits, deviations: Bits, bits: Bits) -> tuple[float, int]:
+    """How far the bits contradict the signs of their inputs, in squared deviations, and how many do."""
+    penalty, count = 0.0, 0
+    for name, d in bits.items():
+        wrong = (inputs[name] > 0) != (d > 0.5)
+        penalty += float((inputs[name] / deviations[name])[wrong].square().sum())
+        count += int(wrong.sum())
+    return penalty, count
+
+
+def contradicting(inputs: Bits, deviations: Bits, bits: Bits) -> Tensor:
+    """Places of the bits that contradict the sign of their input, those that do most first."""
+    score = (_flat(inputs) / _flat(deviations)).abs()
+    wrong = ((_flat(inputs) > 0) != (_flat(bits) > 0.5)).nonzero().flatten()
+    return wrong[torch.argsort(score[wrong], descending=True)]
+
+
+def flip(bits: Bits, place: int) -> dict[str, Tensor]:
+    """`bits` with one turned over."""
+    places = torch.tensor([place])
+    value = 1 - _flat(bits)[places]
+    return Doubt(places, value).put(bits, value)
+
+
+def find_doubt(inputs: Bits, deviations: Bits, bits: Bits, inflate: float) -> Doubt:
+    """The bits whose sign the deviations (times `inflate`) leave in doubt, and those that contradict it."""
+    if not bits:
+        return Doubt(torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    score = _flat(inputs) / (_flat(deviations) * inflate)
+    probability = torch.special.ndtr(score)
+    wrong = (score > 0) != (_flat(bits) > 0.5)
+    doubtful = ((probability > SETTLED) & (probability < 1 - SETTLED)) | wrong
+    places = doubtful.nonzero().flatten()
+    order = torch.argsort(torch.where(wrong, -score.abs(), score.abs())[places])
+    places = places[order[:MOST]]
+    return Doubt(places, probability[places])
+
+
+def settle(
+    problem: GradientMap, x: Tensor, bits: Bits, doubt: Doubt, information: Information
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The bits in doubt set to their most likely values, and x moved along."""
+    assert problem.graph is not None
+    start = (doubt.probability > 0.5).to(x)
+    free = {name: d.requires_grad_() for name, d in doubt.put(bits, start).items()}
+    at = Linearisation(problem.with_pieces(hold(problem.graph, free)), x, list(free.values()))
+    across, among = _second_derivatives(at, x, free, doubt)
+    slope_x, *slope_bits = at.adjoints(at.residual)
+    slope = torch.cat([part.flatten() for part in slope_bits])[doubt.places]
+    pulled = information.inverse @ across.mT
+    quadratic = among - across @ pulled
+    offset = across @ information.solve(slope_x).flatten() - slope
+    t = _round(quadratic, offset, start, doubt.probability)
+    moved = x - information.solve(slope_x) - (pulled @ (t - start)).reshape(x.shape)
+    settled = doubt.put(bits, t)
+    held = problem.with_pieces(hold(problem.graph, settled))
+    return (moved if held.chi2(moved) < held.chi2(x) else x), settled
+
+
+def _second_derivatives(at: Linearisation, x: Tensor, free: Bits, doubt: Doubt) -> tuple[Tensor, Tensor]:
+    """``J_t^T J_x`` (k, n) and ``J_t^T J_t`` (k, k)."""
+    across, among = [], []
+    sizes = [d.numel() for d in free.values()]
+    for places in doubt.places.split(TOGETHER):
+        units = x.new_zeros(len(places), sum(sizes))
+        units[torch.arange(len(places)), places] = 1.0
+        parts = [u.reshape(-1, *d.shape) for u, d in zip(units.split(sizes, 1), free.values(), strict=True)]
+        by_x, *by_bits = at.adjoints(at.push([x.new_zeros(len(places), *x.shape), *parts]))
+        across.append(by_x.flatten(1))
+        among.append(torch.cat([part.flatten(1) for part in by_bits], 1)[:, doubt.places])
+    square = torch.cat(among)
+    return torch.cat(across), (square + square.mT) / 2
+
+
+def _round(quadratic: Tensor, offset: Tensor, start: Tensor, probability: Tensor) -> Tensor:
+    """Bits that make ``(t - start)^T S (t - start) / 2 - b^T (t - start)`` and their prior small together.
+
+    Relaxed with a Gaussian prior, the half nearest to 0 or 1 fixed, solved again; at the end single flips with the
+    prior of the bits themselves.
+    """
+    mean, precision = probability / 2 + 0.25, 1 / (probability * (1 - probability)).clamp_min(LEAST_VARIANCE)
+    a = quadratic + torch.diag(precision)
+    b = offset + quadratic @ start + precision * mean
+    t, is_free = start.clone(), torch.ones_like(start, dtype=torch.bool)
+    while bool(is_free.any()):
+        fixed, f = ~is_free, is_free.nonzero().flatten()
+        relaxed = torch.linalg.solve(a[f][:, f], b[f] - a[f][:, fixed] @ t[fixed])
+        distance = (relaxed - (relaxed > 0.5).to(relaxed)).abs()
+        chosen = distance <= max(NEAR, float(distance.median()))
+        t[f[chosen]] = (relaxed[chosen] > 0.5).to(t)
+        is_free[f[chosen]] = False
+    return _flip(quadratic, offset, start, t, probability)
+
+
+def _flip(quadratic: Tensor, offset: Tensor, start: Tensor, t: Tensor, probability: Tensor) -> Tensor:
+    """Single flips while one lowers chi^2 - 2 log prior."""
+    p = probability.clamp(1e-6, 1 - 1e-6)
+    gain = 2 * (torch.log(p) - torch.log1p(-p))
+    for _ in range(4 * len(t)):
+        sign = 1 - 2 * t
+        change = 2 * (quadratic @ (t - start) - offset) * sign + quadratic.diagonal() - sign * gain
+        best = int(change.argmin())
+        if not float(change[best]) < 0:
+            break
+        t[best] = 1 - t[best]
+    return t
+
+
+def _inputs_of_kinks(problem: GradientMap) -> dict[str, str]:
+    return {step.name: step.inputs[0] for step in kinked_steps(problem.graph)}
+
+
+def _flat(parts: Bits) -> Tensor:
+    return torch.cat([part.flatten() for part in parts.values()])

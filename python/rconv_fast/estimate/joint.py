@@ -1,0 +1,276 @@
+"""The joint maximum-likelihood estimate from a start: bits held, all gradients at once; bits in doubt settled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from rconv_fast.budget import Budget
+from rconv_fast.estimate import bits as bit
+from rconv_fast.estimate.bounds import without_scale
+from rconv_fast.estimate.fisher import dense_fisher
+from rconv_fast.estimate.gauss_newton import Fit, gauss_newton
+from rconv_fast.estimate.gradient_map import GradientMap, Piece
+from rconv_fast.estimate.information import Information
+from rconv_fast.estimate.pieces import Bits, hold, same, signs
+from rconv_fast.observation import Observation
+from rconv_fast.patterns.pattern import Pattern
+
+# Rounds of Gauss-Newton and settling bits; each halves the wrong bits or so.
+ROUNDS = 14
+# More inner iterations than this in one round: the information has changed, it is formed anew.
+STALE = 60
+# Least noise of an entry, in units of the root mean square of its tensor's: bounds the range of the weights until the
+# bits are known. Gradients of a narrow type have entries whose rounding is next to nothing.
+CAPS = (0.1, 0.0)
+# Contradicting bits that are flipped one by one at the end.
+FLIPS = 16
+
+
+@dataclass(frozen=True)
+class Estimate:
+    r"""The most likely inputs and how sure they are.
+
+    Attributes
+    ----------
+    inputs : Tensor
+        (B, \*input_shape).
+    uncertainty : Tensor
+        (B, \*input_shape): standard deviation of each value, inf where the gradients leave it open.
+    chi2 : float
+        Misfit of all gradients in units of their noise with the bits held, and of the bits that contradict their
+        sign, in units of its uncertainty.
+    dof : int
+        Entries that are not zero whatever the input, less the values estimated.
+    pattern : Pattern
+        The bits, as a run's activations.
+    contradicting : int
+        Bits on the other side than the input says, as noise allows it near a kink.
+    iterations : int
+        Inner iterations in all.
+    scale : float
+        Factor of the gradients, given or estimated.
+    notes : list of str
+        What a reader must know.
+    """
+
+    inputs: Tensor
+    uncertainty: Tensor
+    chi2: float
+    dof: int
+    pattern: Pattern
+    contradicting: int
+    iterations: int
+    scale: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def z(self) -> float:
+        """How far chi^2 is from what the noise makes it, in standard deviations."""
+        return (self.chi2 - self.dof) / math.sqrt(2 * max(self.dof, 1))
+
+    @property
+    def ratio(self) -> float:
+        """Root mean square misfit in units of the noise: 1 is what a true answer has."""
+        return math.sqrt(self.chi2 / max(self.dof, 1))
+
+
+def estimate(
+    model: nn.Module,
+    observation: Observation,
+    start_inputs: Tensor,
+    targets: Tensor,
+    *,
+    pattern: Pattern | None = None,
+    free_scale: bool = False,
+    budget: Budget | None = None,
+) -> Estimate:
+    r"""The inputs that make the observed gradients most likely, from a start within some 20 dB of them.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A working copy in working precision.
+    observation : Observation
+        Gradients and their noise.
+    start_inputs : Tensor
+        (B, \*input_shape): an analytic answer.
+    targets : Tensor
+        Labels or targets.
+    pattern : Pattern, optional
+        Bits to start with; those of the start if left out.
+    free_scale : bool
+        Whether the factor of the gradients is to be estimated too.
+    budget : Budget, optional
+        When to end with what is known.
+
+    Returns
+    -------
+    Estimate
+
+    Notes
+    -----
+    With the bits held the gradients are smooth and Gauss-Newton converges in a few steps. Bits whose side the error
+    bars do not tell are solved for with the input (`bits.settle`); the pattern of least chi^2 wins.
+    """
+    budget = budget or Budget()
+    sigma = {name: _entry_noise(observation, name) for name in observation.gradients}
+    x = start_inputs.detach()
+    whole = GradientMap.read(model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.scale)
+    bits = _first_bits(whole, x, pattern)
+    uneven = any(s.numel() > 1 for s in sigma.values())
+    iterations = 0
+    for cap in CAPS if uneven else CAPS[-1:]:
+        problem = replace(whole, sigma={name: _capped(s, cap) for name, s in sigma.items()})
+        found = _finish(problem, x, bits, budget, free_scale)
+        x, bits, whole = found.x, found.bits, whole.with_scale(found.scale)
+        iterations += found.iterations
+    held = whole.with_pieces(_hold(whole, bits))
+    with torch.no_grad():
+        at_bits = held.values(x) if bits else {}
+    return Estimate(
+        inputs=x,
+        uncertainty=found.information.variance.sqrt(),
+        chi2=found.chi2 + found.penalty,
+        dof=_entries(held, x) - int((~found.information.is_open).sum()) - int(free_scale),
+        pattern=Pattern({name: at_bits[name] for name in bits}, origin="joint estimate"),
+        contradicting=found.contradicting,
+        iterations=iterations,
+        scale=found.scale,
+        notes=[] if not budget.spent else ["the time limit ended the joint estimate"],
+    )
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One pattern, the best input for it, and the information there."""
+
+    x: Tensor
+    scale: float
+    bits: Bits
+    chi2: float
+    penalty: float
+    contradicting: int
+    iterations: int
+    steps_cost: int
+    information: Information
+    inputs: Bits
+    deviations: Bits
+    doubt: bit.Doubt
+
+    @property
+    def score(self) -> float:
+        """Misfit of the gradients and of the bits."""
+        return self.chi2 + self.penalty
+
+
+def _finish(problem: GradientMap, x: Tensor, bits: Bits, budget: Budget, free_scale: bool) -> _Candidate:
+    """Rounds of Gauss-Newton with the bits held and of settling those in doubt; the best round."""
+    best: _Candidate | None = None
+    tried: list[Bits] = []
+    information: Information | None = None
+    for _ in range(ROUNDS):
+        fresh = information is None
+        information = information or _information(problem.with_pieces(_hold(problem, bits)), x, free_scale)
+        found = _fit(problem, x, bits, information, budget, free_scale, best.iterations if best else 0)
+        best = found if best is None or found.score < best.score else replace(best, iterations=found.iterations)
+        doubt = found.doubt
+        if not len(doubt) or budget.spent:
+            break
+        tried.append(bits)
+        x, bits = bit.settle(problem.with_pieces(_hold(problem, found.bits)), found.x, found.bits, doubt, information)
+        if any(same(bits, other) for other in tried):
+            score = best.score
+            if fresh:
+                best = _flip_contradicting(problem, best, budget, free_scale)
+                if not best.score < score:
+                    break
+            x, bits, information = best.x, best.bits, None
+        elif found.steps_cost > STALE:
+            information = None
+    assert best is not None
+    return best
+
+
+def _flip_contradicting(problem: GradientMap, best: _Candidate, budget: Budget, free_scale: bool) -> _Candidate:
+    """The bits that contradict their input flipped one at a time, each time fitted anew, while that improves."""
+    improved = True
+    while improved and not budget.spent:
+        improved = False
+        for place in bit.contradicting(best.inputs, best.deviations, best.bits)[:FLIPS].tolist():
+            bits = bit.flip(best.bits, place)
+            found = _fit(problem, best.x, bits, best.information, budget, free_scale, best.iterations)
+            improved = found.score < best.score
+            best = found if improved else replace(best, iterations=found.iterations)
+            if improved:
+                break
+    return best
+
+
+def _fit(
+    problem: GradientMap,
+    x: Tensor,
+    bits: Bits,
+    information: Information,
+    budget: Budget,
+    free_scale: bool,
+    before: int,
+) -> _Candidate:
+    """The best input for one pattern."""
+    held = problem.with_pieces(_hold(problem, bits))
+    fit = gauss_newton(held, x, information.solve, budget=budget, free_scale=free_scale)
+    errors = information.draw(bit.DRAWS, torch.Generator().manual_seed(0))
+    inputs, deviations = bit.kink_inputs(held, fit.x), bit.input_deviations(held, fit.x, errors)
+    penalty, wrong = bit.contradiction(inputs, deviations, bits)
+    doubt = bit.find_doubt(inputs, deviations, bits, _inflation(held, fit, x.numel()))
+    cost = fit.iterations
+    return _Candidate(
+        fit.x, fit.scale, bits, fit.chi2, penalty, wrong, before + cost, cost, information, inputs, deviations, doubt
+    )
+
+
+def _hold(problem: GradientMap, bits: Bits) -> dict[str, Piece]:
+    return {} if problem.graph is None else hold(problem.graph, bits)
+
+
+def _inflation(problem: GradientMap, fit: Fit, unknowns: int) -> float:
+    """How much larger than the noise makes them errors are while the fit is not yet good."""
+    entries = sum(g.numel() for g in problem.seen.values())
+    misfit = max(1.0, fit.chi2 / entries) * max(1.0, fit.decrement / unknowns)
+    return max(1.0, math.sqrt(misfit) / 2)
+
+
+def _information(problem: GradientMap, x: Tensor, free_scale: bool) -> Information:
+    fisher = dense_fisher(problem, x)
+    return Information.create(without_scale(fisher, problem.at(x)) if free_scale else fisher, x.shape)
+
+
+def _first_bits(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> Bits:
+    """The signs of a run on x, and of the proposed activations where there are any."""
+    if problem.graph is None:
+        return {}
+    with torch.no_grad():
+        bits = signs(problem.graph, problem.values(x))
+    given = {} if pattern is None else pattern.pieces
+    return {name: (given[name] > 0).to(d) if name in given else d for name, d in bits.items()}
+
+
+def _entry_noise(observation: Observation, name: str) -> Tensor:
+    """Standard deviation, at least the rounding of the arithmetic; infinite where a tensor is all zero."""
+    g = observation.gradients[name]
+    least = observation.rounding * float(g.square().mean().sqrt())
+    return observation.sigma(name).to(g).clamp_min(least if least > 0 else math.inf)
+
+
+def _capped(sigma: Tensor, cap: float) -> Tensor:
+    finite = sigma[sigma.isfinite()]
+    return sigma.clamp_min(cap * float(finite.square().mean().sqrt())) if finite.numel() > 1 else sigma
+
+
+def _entries(problem: GradientMap, x: Tensor) -> int:
+    """Entries that are not zero both here and in what was seen."""
+    pairs = zip(problem.seen.values(), problem.gradients(x), strict=True)
+    return sum(int(((seen != 0) | (found != 0)).sum()) for seen, found in pairs)

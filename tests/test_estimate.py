@@ -1,0 +1,94 @@
+"""The joint estimate meets the Cramer-Rao bound, knows how sure it is, and does not fit what is wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks import photo
+from rconv_fast import psnr
+from rconv_fast.estimate import Estimate, cramer_rao, estimate
+from rconv_fast.losses import Loss
+from rconv_fast.observation import Observation
+
+
+def network(activation: type[nn.Module]) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 24, 5, stride=2, padding=2),
+        activation(),
+        nn.Conv2d(24, 32, 3, stride=2, padding=1),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(32 * 9, 12),
+    ).double()
+
+
+def observed(model: nn.Module, x: Tensor, y: Tensor, noise: float, scale: float = 1.0) -> Observation:
+    """Gradients with Gaussian noise of this size, relative to each tensor's root mean square."""
+    found = torch.autograd.grad(scale * F.cross_entropy(model(x), y), list(model.parameters()))
+    named = {name: g for (name, _), g in zip(model.named_parameters(), found, strict=True)}
+    sigma = {name: noise * float(g.square().mean().sqrt()) for name, g in named.items()}
+    return Observation({n: g + sigma[n] * torch.randn_like(g) for n, g in named.items()}, Loss(), sigma)
+
+
+def near(x: Tensor, decibel: float) -> Tensor:
+    return x + 10 ** (-decibel / 20) * torch.randn_like(x)
+
+
+def solved(
+    activation: type[nn.Module], noise: float, start: float = 30.0
+) -> tuple[Estimate, Tensor, nn.Module, Observation]:
+    model, x, y = network(activation), photo(12, channels=1), torch.tensor([3])
+    observation = observed(model, x, y, noise)
+    return estimate(model, observation, near(x, start), y), x, model, observation
+
+
+@pytest.mark.parametrize(("activation", "noise"), [(nn.ReLU, 1e-5), (nn.LeakyReLU, 1e-2), (nn.Tanh, 1e-3)])
+def test_meets_the_bound_with_error_bars_and_the_law_of_chi_square(activation: type[nn.Module], noise: float) -> None:
+    found, x, model, observation = solved(activation, noise)
+    bound = cramer_rao(model, "cross_entropy", x, torch.tensor([3]), observation.noise)
+    assert psnr(found.inputs, x) > bound.psnr - 1.5
+    assert abs(found.z) < 4
+    within = ((found.inputs - x).abs() < 2 * found.uncertainty).double().mean()
+    assert 0.88 < float(within) < 0.99
+
+
+def test_wrong_bits_of_the_start_are_put_right() -> None:
+    found, x, model, observation = solved(nn.ReLU, 1e-4, start=22.0)
+    assert abs(found.z) < 4
+    assert (
+        psnr(found.inputs, x) > cramer_rao(model, "cross_entropy", x, torch.tensor([3]), observation.noise).psnr - 1.5
+    )
+
+
+@pytest.mark.parametrize("wrong", ["label", "scale"])
+def test_what_is_wrong_does_not_fit(wrong: str) -> None:
+    model, x, y = network(nn.Tanh), photo(12, channels=1), torch.tensor([3])
+    observation = observed(model, x, y, 1e-2)
+    if wrong == "label":
+        y = torch.tensor([4])
+    if wrong == "scale":
+        observation = replace(observation, scale=2.0)
+    assert estimate(model, observation, near(x, 30.0), y).z > 20
+
+
+def test_unknown_scale_is_found() -> None:
+    model, x, y = network(nn.LeakyReLU), photo(12, channels=1), torch.tensor([3])
+    observation = replace(observed(model, x, y, 1e-3, scale=0.05), scale=0.0501)
+    found = estimate(model, observation, near(x, 30.0), y, free_scale=True)
+    assert found.scale == pytest.approx(0.05, rel=1e-3)
+    assert abs(found.z) < 4
+
+
+def test_batch_through_wrappers() -> None:
+    model = nn.Sequential(network(nn.ReLU), nn.LogSoftmax(1))
+    x, y = photo(12, batch=2, channels=1), torch.tensor([3, 7])
+    observation = replace(observed(model, x, y, 1e-4), loss=Loss("nll"))
+    found = estimate(model, observation, near(x, 40.0), y)
+    assert math.isfinite(found.z)
+    assert psnr(found.inputs, x) > 40
