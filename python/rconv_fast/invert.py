@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import InterruptedInversionError, UnsupportedModelError, require, require_type
+from rconv_fast.estimate.noise_model import noise_of
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
 from rconv_fast.heads.head import rounding_of
+from rconv_fast.heads.tokens import token_ids
 from rconv_fast.losses import Loss
-from rconv_fast.observation import Observation, SharedGradients
+from rconv_fast.observation import Noise, Observation, SharedGradients
 from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
 from rconv_fast.solve import PRIORS
-from rconv_fast.verdict import Answer, Inversion, conclude, match_bar, within_noise
+from rconv_fast.verdict import DOUBLE, Answer, Inversion, conclude, match_bar, within_noise
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.graph import Graph, build_graph, opaque_graph
 from rconv_fast.walk.pass_ import INTERRUPTED, Known, Options
@@ -43,6 +45,8 @@ def invert(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     class_weights: Tensor | Sequence[float] | None = None,
+    scale: float | None = 1.0,
+    noise: float | Noise | None = None,
     dtype: torch.dtype = torch.float64,
     prior: str | None = None,
     time_limit: float | None = None,
@@ -70,6 +74,11 @@ def invert(
         As in ``torch.nn.functional.cross_entropy``.
     class_weights : Tensor or sequence of float, optional
         One weight a class.
+    scale : float or None
+        The factor by which the gradients are multiplied (clipping, a client's weight); None: find it.
+    noise : float, mapping of str to float or Tensor, or None
+        Standard deviation of each entry: a number relative to each tensor's root mean square, or by parameter name;
+        None: what the gradients record of themselves, else the arithmetic's own.
     dtype : torch.dtype
         Working precision.
     prior : {None, "box", "nonnegative", "tv"}
@@ -101,7 +110,15 @@ def invert(
     client_loss = Loss(loss, reduction, label_smoothing, weights)
     shared = read_gradients("invert", model, gradients)
     request = _Request(
-        working_copy(model, _dtype_of(model)), shared, shape, client_loss, dtype, prior, Budget.seconds(time_limit)
+        working_copy(model, _dtype_of(model)),
+        shared,
+        shape,
+        client_loss,
+        scale,
+        noise,
+        dtype,
+        prior,
+        Budget.seconds(time_limit),
     )
     with progress_callback(progress) as report:
         report(Event("head", "separate"))
@@ -119,6 +136,8 @@ class _Request:
     gradients: SharedGradients
     shape: tuple[int, ...]
     loss: Loss
+    scale: float | None
+    noise: float | Noise | None
     dtype: torch.dtype
     prior: str | None
     budget: Budget
@@ -136,7 +155,15 @@ class _Request:
         device = next(self.model.parameters()).device
         rounding = rounding_of(*self.gradients.values()) / 2
         working = {name: g.detach().to(device=device, dtype=self.dtype) for name, g in self.gradients.items()}
-        return Observation(working, self.loss, noise=self.gradients.noise or {}, rounding=rounding)
+        noise, source = self._noise(rounding)
+        scale = self.scale if self.gradients.scale_known else None
+        return Observation(working, self.loss, noise=noise, rounding=rounding, scale=scale, source=source)
+
+    def _noise(self, rounding: float) -> tuple[Noise, str]:
+        """Given or recorded; that of coarse values; nothing for exact ones, whose noise is the arithmetic's."""
+        if self.noise is None and self.gradients.noise is None and rounding < DOUBLE:
+            return {}, self.gradients.source
+        return noise_of(self.gradients, self.noise)
 
     @cached_property
     def working_model(self) -> nn.Module:
@@ -160,8 +187,19 @@ def _inversion(
         answers.append(_answer(request, graph, head, report))
         if answers[-1].interrupted:
             break
-    inversion = conclude(single, outcome, answers, request.observation, request.prior)
+    inversion = conclude(single, outcome, answers, _tokens(request), request.prior)
     return inversion, any(answer.interrupted for answer in answers)
+
+
+def _tokens(request: _Request) -> Tensor | None:
+    """The ids that the gradients of embeddings list."""
+    names = [
+        f"{name}.weight".lstrip(".")
+        for name, module in request.model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    ]
+    found = [token_ids(request.gradients[name]) for name in names if name in request.gradients]
+    return torch.cat(found).unique() if found else None
 
 
 def _read_head(
@@ -177,7 +215,7 @@ def _read_head(
 
 def _answer(request: _Request, graph: Graph, head: HeadCandidate, report: Callable[[Event], None]) -> Answer:
     """The recursion from one reading of the head, polished where it nearly matches."""
-    observation, targets = request.observation, head.labels
+    observation, targets = replace(request.observation, scale=head.scale), head.labels
     options = Options(observation.precision, request.prior, request.budget, report)
     bar = match_bar(observation.precision)
 

@@ -116,8 +116,8 @@ class Observation:
         Standard deviation of each entry.
     rounding : float
         Relative rounding of the arithmetic that made them (2^-53 for float64), the smallest noise there is.
-    scale : float
-        Factor by which the gradients are multiplied.
+    scale : float or None
+        Factor by which the gradients are multiplied; None where it is not known (a reading of the head finds it).
     source : str
         Where the noise comes from, for the report.
     """
@@ -126,7 +126,7 @@ class Observation:
     loss: Loss
     noise: Noise = field(default_factory=dict)
     rounding: float = 2.0**-53
-    scale: float = 1.0
+    scale: float | None = 1.0
     source: str = "gradients"
 
     @property
@@ -159,7 +159,7 @@ class Observation:
         with torch.enable_grad():
             for p in parameters.values():
                 p.requires_grad_(True)
-            value = self.scale * self.loss(logits_in(model(inputs)), targets)
+            value = (1.0 if self.scale is None else self.scale) * self.loss(logits_in(model(inputs)), targets)
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         return {
             name: torch.zeros_like(p) if g is None else g.detach()

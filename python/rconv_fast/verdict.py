@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome
-from rconv_fast.observation import Match, Observation
+from rconv_fast.observation import Match
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.pass_ import Pass, features_of
 from rconv_fast.walk.report import LayerReport
@@ -236,7 +236,7 @@ class Answer:
 
 
 def conclude(
-    graph: Graph, outcome: HeadOutcome, answers: Sequence[Answer], observation: Observation, prior: str | None
+    graph: Graph, outcome: HeadOutcome, answers: Sequence[Answer], tokens: Tensor | None, prior: str | None
 ) -> Inversion:
     """The verdict on all readings of a head.
 
@@ -245,19 +245,19 @@ def conclude(
     """
     if not answers:
         counts = outcome.label_counts
-        known = counts is not None or outcome.batch_size is not None
+        known = counts is not None or tokens is not None
         return Inversion(
             "features" if known else "nothing",
             batch_size=outcome.batch_size,
             label_counts=counts,
             stops_at=outcome.stops_at or None,
             reason=outcome.reason,
-            scale=observation.scale,
+            tokens=tokens,
             notes=[graph.unread] if graph.unread else [],
         )
     best = min(answers, key=lambda answer: answer.relative)
     rivals = [other for other in answers if other.good and other is not best and not _same(best, other)]
-    return _of_answer(best, rivals if best.good else [], outcome, observation, prior)
+    return _of_answer(best, rivals if best.good else [], outcome, tokens, prior)
 
 
 def _same(first: Answer, second: Answer) -> bool:
@@ -267,7 +267,7 @@ def _same(first: Answer, second: Answer) -> bool:
 
 
 def _of_answer(
-    best: Answer, rivals: Sequence[Answer], outcome: HeadOutcome, observation: Observation, prior: str | None
+    best: Answer, rivals: Sequence[Answer], outcome: HeadOutcome, tokens: Tensor | None, prior: str | None
 ) -> Inversion:
     inputs, passed, head = best.inputs, best.passed, best.head
     reports = list(passed.reports.values())
@@ -298,7 +298,8 @@ def _of_answer(
         features=features_of(best.graph, passed.values),
         stops_at=None if stop is None else stop.label,
         reason="" if stop is None else stop.reason,
-        scale=observation.scale,
+        tokens=tokens,
+        scale=head.scale,
         notes=notes,
     )
 

@@ -23,6 +23,8 @@ class Stored:
     bias: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
+    weight_name: str = ""
+    bias_name: str = ""
 
 
 @dataclass(frozen=True)

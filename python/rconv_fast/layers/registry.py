@@ -92,12 +92,15 @@ class Call:
         The gradient of a parameter, None where it was not seen.
     dtype : torch.dtype
         The working precision.
+    name_of : callable
+        The name of a parameter in the model, empty for what is none.
     """
 
     operands: Sequence[Tensor]
     forward: Callable[..., Tensor]
     gradient_of: GradientOf
     dtype: torch.dtype
+    name_of: Callable[[Tensor | None], str] = lambda parameter: ""
 
 
 Builder = Callable[[Any, Call], "Rule | None"]
@@ -226,7 +229,8 @@ def linear_rule(kind: str, call: Call, weight: Tensor, bias: Tensor | None, *, p
 
 def _stored(call: Call, weight: Tensor, bias: Tensor | None) -> Stored:
     gradients = call.gradient_of(weight), call.gradient_of(bias)
-    return Stored(weight.detach(), None if bias is None else bias.detach(), *gradients)
+    names = call.name_of(weight), call.name_of(bias)
+    return Stored(weight.detach(), None if bias is None else bias.detach(), *gradients, *names)
 
 
 def batch_norm_rule(module: Any, call: Call) -> Rule:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -171,7 +171,8 @@ def opaque_graph(
     label, head = layers[-1]
     example = head.weight.new_zeros(batch_size, head.in_features, dtype=dtype)
     names = {id(p): name for name, p in model.named_parameters()}
-    call = Call([example], head.forward, lambda p: gradients.get(names.get(id(p), "")), dtype)
+    name_of = lambda p: names.get(id(p), "")  # noqa: E731
+    call = Call([example], head.forward, lambda p: gradients.get(name_of(p)), dtype, name_of)
     rule = linear_rule("Linear", call, head.weight, head.bias)
     kind = type(model).__name__
     graph = Graph(input="input", output=label, dtype=dtype, unread=f"{kind} cannot be read: {reason}")
@@ -353,7 +354,7 @@ class _Reader:
         args: Any,
         kwargs: Any,
     ) -> _Live:
-        call = Call(self._working(operands), forward, self._gradient_of, self.graph.dtype)
+        call = Call(self._working(operands), forward, self._gradient_of, self.graph.dtype, self._name_of)
         rule: Rule | None
         try:
             if module is not None and (padding := split_padding(module)) is not None:
@@ -393,7 +394,7 @@ class _Reader:
         def forward(x: Tensor) -> Tensor:
             return convolve(x, _as(module.weight, x.dtype), _as(module.bias, x.dtype), **options)
 
-        plain = Call([padded], forward, call.gradient_of, call.dtype)
+        plain = replace(call, operands=[padded], forward=forward)
         rule = conv_rule(CONVOLUTIONS[ndim - 1].__name__, plain, module.weight, module.bias, **options)
         check_rule(label, rule, plain)
         self.graph.add(Step(node.name, label, (name,), rule, forward, result.shape))
@@ -410,7 +411,7 @@ class _Reader:
         def forward(x: Tensor) -> Tensor:
             return nn.functional.conv1d(x, _as(module.weight, x.dtype)[..., None], _as(module.bias, x.dtype))
 
-        plain = Call([moved], forward, call.gradient_of, call.dtype)
+        plain = replace(call, operands=[moved], forward=forward)
         rule = linear_rule("Linear", plain, module.weight, module.bias, positions=moved.shape[2])
         self.graph.add(Step(middle, label, (before,), rule, forward, forward(moved).shape))
         example = moved.new_zeros(self.graph.steps[middle].shape)
@@ -422,7 +423,10 @@ class _Reader:
             return None
         if self.uses[id(parameter)] > 1:
             raise _SharedParameter
-        return self.gradients.get(self.names.get(id(parameter), ""))
+        return self.gradients.get(self._name_of(parameter))
+
+    def _name_of(self, parameter: Tensor | None) -> str:
+        return self.names.get(id(parameter), "")
 
 
 class _SharedParameter(Exception):
