@@ -134,6 +134,11 @@ class Observation:
         """Relative spacing of the values: twice the rounding."""
         return 2 * self.rounding
 
+    @property
+    def factor(self) -> float:
+        """The scale, 1 where it is not known."""
+        return 1.0 if self.scale is None else self.scale
+
     def compare(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Match:
         """Run the model on a candidate and compare all gradients, in float64."""
         found = self.gradients_at(model, inputs, targets)
@@ -159,7 +164,7 @@ class Observation:
         with torch.enable_grad():
             for p in parameters.values():
                 p.requires_grad_(True)
-            value = (1.0 if self.scale is None else self.scale) * self.loss(logits_in(model(inputs)), targets)
+            value = self.factor * self.loss(logits_in(model(inputs)), targets)
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         return {
             name: torch.zeros_like(p) if g is None else g.detach()
@@ -167,6 +172,9 @@ class Observation:
         }
 
     def sigma(self, name: str) -> Tensor:
-        """Standard deviation of the entries of one gradient, broadcastable to it."""
-        given = self.noise.get(name, 0.0)
-        return torch.as_tensor(given, dtype=torch.float64, device=self.gradients[name].device)
+        """Standard deviation of the entries of one gradient, broadcastable to it; the rounding where none is stated."""
+        seen = self.gradients[name]
+        given = self.noise.get(name)
+        if given is None:
+            given = self.rounding * float(seen.double().square().mean().sqrt())
+        return torch.as_tensor(given, dtype=torch.float64, device=seen.device)

@@ -41,7 +41,7 @@ def given_or_read(problem: Problem) -> Tensor:
         return label_of_one(weight, bias)
     require(bias is not None, problem.function, "labels", told, "a batch behind a layer without bias")
     assert bias is not None
-    size = problem.observation.scale * (problem.batch_size if problem.observation.loss.reduction == "sum" else 1)
+    size = problem.observation.factor * (problem.batch_size if problem.observation.loss.reduction == "sum" else 1)
     return labels_of_batch(bias / size, mean_probabilities(problem), problem.batch_size)
 
 

@@ -71,7 +71,7 @@ class Objective:
         seen = self.problem.observation
         parameters = {n: p for n, p in self.problem.model.named_parameters() if n in seen.gradients}
         x = self.inputs(free)
-        loss = seen.scale * seen.loss(self.problem.model(x), targets)
+        loss = seen.factor * seen.loss(self.problem.model(x), targets)
         found = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
         )

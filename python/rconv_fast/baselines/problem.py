@@ -140,7 +140,7 @@ class Problem:
             samples=samples,
             batch_size=len(inputs),
             features=dict(features or {}),
-            scale=self.observation.scale,
+            scale=self.observation.factor,
             notes=[f"{self.function}: nothing shows that no other input has these gradients", *notes],
         )
 
@@ -153,7 +153,7 @@ class Problem:
             features=dict(features),
             stops_at=at,
             reason=reason,
-            scale=self.observation.scale,
+            scale=self.observation.factor,
         )
 
 

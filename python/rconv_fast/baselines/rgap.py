@@ -107,7 +107,7 @@ def logistic_heads(problem: Problem, chain: Chain) -> list[Head]:
     last = chain.links[-1] if chain.links else None
     if last is None or not isinstance(last.module, nn.Linear) or last.module.out_features != 1:
         return []
-    seen, scale = problem.observation.gradients, problem.observation.scale
+    seen, scale = problem.observation.gradients, problem.observation.factor
     if f"{last.name}.weight" not in seen:
         return []
     labels = [0.0, 1.0] if problem.labels is None else [float(problem.labels)]

@@ -120,7 +120,7 @@ def head_candidates(
     head = Head.create(
         rule.grad_weight.squeeze(-1), rule.grad_bias, rule.weight.squeeze(-1), rule.bias, observation.loss,
         rounding=2 * observation.rounding,
-        sigma=_noise_of(observation, rule.grad_weight, rule.grad_bias),
+        sigma=_noise_of(observation, rule),
         scale=observation.scale,
         budget=budget,
     )  # fmt: skip
@@ -133,19 +133,15 @@ def head_candidates(
     return _reading_outcome(graph, step, [r.to(rule.weight.dtype) for r in readings], batch_size)
 
 
-def _noise_of(
-    observation: Observation, grad_weight: Tensor, grad_bias: Tensor | None
-) -> tuple[Tensor, Tensor | None] | None:
-    """The stated noise of the layer's gradients, found by the memory that they share with the observation's."""
-    found: dict[int, Tensor] = {}
-    for name, seen in observation.gradients.items():
-        if name in observation.noise:
-            found[seen.data_ptr()] = observation.sigma(name).expand_as(seen)
-    weight = found.get(grad_weight.data_ptr())
-    if weight is None:
+def _noise_of(observation: Observation, rule: ConvRule) -> tuple[Tensor, Tensor | None] | None:
+    """The stated noise of the layer's gradients."""
+    weight, bias = rule.stored.weight_name, rule.stored.bias_name
+    if weight not in observation.noise:
         return None
-    bias = None if grad_bias is None else found.get(grad_bias.data_ptr())
-    return weight.reshape(len(grad_weight), -1), bias
+    sigma = observation.sigma(weight).expand_as(observation.gradients[weight])
+    if rule.grad_bias is None or bias not in observation.noise:
+        return sigma, None
+    return sigma, observation.sigma(bias).expand_as(observation.gradients[bias])
 
 
 def _reading_outcome(

@@ -171,7 +171,10 @@ def opaque_graph(
     label, head = layers[-1]
     example = head.weight.new_zeros(batch_size, head.in_features, dtype=dtype)
     names = {id(p): name for name, p in model.named_parameters()}
-    name_of = lambda p: names.get(id(p), "")  # noqa: E731
+
+    def name_of(parameter: Tensor | None) -> str:
+        return names.get(id(parameter), "")
+
     call = Call([example], head.forward, lambda p: gradients.get(name_of(p)), dtype, name_of)
     rule = linear_rule("Linear", call, head.weight, head.bias)
     kind = type(model).__name__
