@@ -19,8 +19,9 @@ from rconv_fast.solve.rank import MAX_FACTORED_UNKNOWNS, Accept, Recover, factor
 from rconv_fast.solve.rows import System, balance
 from rconv_fast.solve.solution import Evidence, Solution
 
-# Largest system that is decided by eigenvalues when the iterations leave its rank open: a few seconds on two cores.
-MAX_DENSE_UNKNOWNS = 3072
+# Largest system that is decided by eigenvalues when the iterations leave its rank open: half a minute on two cores
+# for one that may yet have full rank, three seconds for one that cannot.
+MAX_DENSE_UNKNOWNS, MAX_DENSE_OPEN_UNKNOWNS = 6144, 3072
 # The residual is recomputed each time it has fallen this much; float32 products drift sooner.
 REPLACEMENT, MIXED_REPLACEMENT = 1e-9, 0.02
 # Up to this residual, what float32 products leave is not worth iterations in float64, three times as long each.
@@ -52,8 +53,10 @@ def solve_hybrid(
     Nothing is said to be determined where the iterations did not suffice.
     """
     n = math.prod(system.shape)
-    exact = n <= MAX_DENSE_UNKNOWNS and eigen_seconds(n) <= budget.left
-    if exact and system.count < system.unknowns:
+    open_anyway = system.count < system.unknowns
+    largest = MAX_DENSE_OPEN_UNKNOWNS if open_anyway else MAX_DENSE_UNKNOWNS
+    exact = n <= largest and eigen_seconds(n) <= budget.left
+    if exact and open_anyway:
         return _solve_dense(balance(system, 1.0), rtol)
     best = _best_attempt(system, rtol, max_iterations, budget, progress)
     determined, proof, condition = _what_is_fixed(system, best, exact, budget)
