@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rconv_fast.errors import ArgumentError, ArgumentTypeError
 from rconv_fast.observation import SharedGradients
 from rconv_fast.received import read_gradients
+from rconv_fast.updates import gradients_from_update
 from rconv_fast.wrappers import plain_parameters, unwrap, working_copy
 
 
@@ -119,7 +120,10 @@ def test_a_module_of_the_users_called_module_is_no_wrapper() -> None:
 
     model = Mine()
     assert unwrap(model) is model
-    assert list(read_gradients("invert", model, [torch.ones(1, 2), torch.ones(1)])) == ["module.weight", "module.bias"]
+    expected = ["module.weight", "module.bias"]
+    assert list(read_gradients("invert", model, [torch.ones(1, 2), torch.ones(1)])) == expected
+    update = gradients_from_update(model, {n: t + 1 for n, t in model.state_dict().items()}, 0.1)
+    assert list(read_gradients("invert", model, update)) == expected
 
 
 def old_weight_norm(layer: nn.Module) -> nn.Module:

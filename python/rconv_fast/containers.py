@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import numbers
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,25 @@ def plain_names(names: Sequence[str]) -> list[str]:
     while plain and any(all(name.startswith(f"{prefix}.") for name in plain) for prefix in WRAPPERS):
         plain = [name.partition(".")[2] for name in plain]
     return plain
+
+
+def known_as(given: Iterable[str], known: Iterable[str]) -> dict[str, str | None]:
+    """Which of the known names each given one means, whatever wrappers either has been through; None for no one.
+
+    Examples
+    --------
+    >>> known_as(["module.fc.bias", "fc.weight", "conv.bias"], ["fc.weight", "fc._orig_mod.bias"])
+    {'module.fc.bias': 'fc._orig_mod.bias', 'fc.weight': 'fc.weight', 'conv.bias': None}
+    """
+    names = dict.fromkeys(known)
+    bare = [_bare(name) for name in names]
+    count = Counter(bare)
+    unique = {b: name for b, name in zip(bare, names, strict=True) if count[b] == 1}
+    return {name: name if name in names else unique.get(_bare(name)) for name in given}
+
+
+def _bare(name: str) -> str:
+    return without(name, WRAPPERS)
 
 
 def without(name: str, parts: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.containers import WRAPPERS, as_tensor, is_tensor_like, open_container, without
+from rconv_fast.containers import as_tensor, is_tensor_like, known_as, open_container
 from rconv_fast.errors import require, require_type
 from rconv_fast.observation import SharedGradients
 from rconv_fast.wrappers import WeightNorm, plain_parameters, unwrap, weight_norms
@@ -40,13 +40,14 @@ def read_gradients(function: str, model: nn.Module, gradients: Any) -> SharedGra
     """
     parameters = plain_parameters(model)
     named = _by_name(function, parameters, open_container(gradients))
+    meant = known_as(named, parameters)
     names = {id(p): name for name, p in reversed(list(parameters.items()))}  # the first name of a parameter used twice
     read: dict[str, Tensor] = {}
     for given, value in named.items():
         if value is None:
             continue
         argument = f"gradients[{given!r}]"
-        name = _known_name(given, parameters)
+        name = meant[given]
         must = "be named as the model's parameters"
         require(name is not None, function, "gradients", must, repr(given))
         assert name is not None
@@ -54,7 +55,8 @@ def read_gradients(function: str, model: nn.Module, gradients: Any) -> SharedGra
     require(bool(read), function, "gradients", "hold at least one gradient", "none")
     require(any(bool(g.any()) for g in read.values()), function, "gradients", "not be all zero", "a zero gradient")
     known = gradients if isinstance(gradients, SharedGradients) else SharedGradients(read)
-    noise = {names[id(parameters[n])]: s for g, s in (known.noise or {}).items() if (n := _known_name(g, parameters))}
+    sigmas = {meant[given]: sigma for given, sigma in (known.noise or {}).items() if given in meant}
+    noise = {names[id(parameters[name])]: sigma for name, sigma in sigmas.items() if name is not None}
     read, noise = _fold_weight_norms(model, parameters, read, noise)
     return SharedGradients(
         read,
@@ -80,17 +82,6 @@ def _by_name(function: str, parameters: Mapping[str, nn.Parameter], opened: Any)
     must = f"have {len(order)} entries in parameter order"
     require(len(listed) == len(expected), function, "gradients", must, len(listed))
     return dict(zip(expected, listed, strict=True))
-
-
-def _known_name(given: str, parameters: Mapping[str, nn.Parameter]) -> str | None:
-    """The parameter that a name means, with or without the parts that wrappers put into it."""
-    candidates = [given, without(given, WRAPPERS[:1])]
-    rest = candidates[-1]
-    while rest.partition(".")[0] in WRAPPERS:
-        rest = rest.partition(".")[2]
-        candidates.append(rest)
-    candidates.append(without(given, WRAPPERS))
-    return next((name for name in candidates if name in parameters), None)
 
 
 def _checked(function: str, argument: str, value: Any, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rconv_fast import errors
-from rconv_fast.containers import read_state
+from rconv_fast.containers import known_as, read_state
 from rconv_fast.report.files import load_tensors
 from rconv_fast.wrappers import unwrap
 
@@ -100,7 +100,9 @@ def build_model(command: str, spec: str) -> nn.Module:
 def load_state(command: str, model: nn.Module, path: Path) -> nn.Module:
     """Fill the model in the precision of the file, as it is in a checkpoint of any of the usual forms."""
     own = model.state_dict()
-    state = read_state(command, "--state", load_tensors(path, "--state"), list(own))
+    read = read_state(command, "--state", load_tensors(path, "--state"), list(own))
+    meant = known_as(read, own)
+    state = {meant[name] or name: tensor for name, tensor in read.items()}
     dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
     if len(dtypes) == 1:
         model = model.to(dtypes.pop())
