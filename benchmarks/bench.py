@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and in which precision a suite runs."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def name(self) -> str:
+        """As in ``cpu-float64``, the last part of an entry's name."""
+        return f"{self.device}-{str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass
@@ -19,7 +34,7 @@ class Entry:
     Attributes
     ----------
     name : str
-        ``group/size``, what ``--filter`` looks at.
+        ``suite/what/size/device-dtype``, what ``--filter`` looks at.
     setup : callable
         Makes the inputs, outside the clock; what it returns is passed to ``run`` and to the references.
     run : callable
@@ -34,6 +49,10 @@ class Entry:
         Run once and take the wall clock, for whole attacks of seconds to minutes.
     quick : bool
         Part of ``--quick``, the smoke test.
+    long : bool
+        Takes minutes; run with ``--long`` only.
+    on_cpu : bool
+        Stands beside the same on the CPU where it runs on another device.
     """
 
     name: str
@@ -44,6 +63,43 @@ class Entry:
     record: Callable[[Any], dict[str, Any]] | None = None
     once: bool = False
     quick: bool = False
+    long: bool = False
+    on_cpu: bool = False
+
+
+@dataclass
+class Rate:
+    """One line about many cases of one kind: how many succeed, how well, how fast, and which do not.
+
+    Attributes
+    ----------
+    name : str
+        As an entry's.
+    cases : dict of str to callable
+        Each makes its inputs, outside the clock; the names are those of the failures.
+    run : callable
+        Ours, run once a case.
+    judge : callable
+        What it returned, as an `Outcome`.
+    quick, long : bool
+        As an entry's.
+    """
+
+    name: str
+    cases: dict[str, Callable[[], Any]]
+    run: Callable[[Any], Any]
+    judge: Callable[[Any], Outcome]
+    quick: bool = False
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Whether a case succeeded, how near it came, and if it failed one phrase why."""
+
+    success: bool
+    psnr: float
+    why: str = ""
 
 
 @dataclass
@@ -80,9 +136,11 @@ def _failed() -> Timing:
     return Timing(None, None, 0, traceback.format_exc(limit=1).strip().splitlines()[-1])
 
 
-def run_entry(entry: Entry, *, min_run_time: float) -> dict[str, Any]:
+def run_entry(entry: Entry | Rate, *, min_run_time: float) -> dict[str, Any]:
     """Measure an entry and all its references; the result is ready for JSON, also where the entry failed."""
     try:
+        if isinstance(entry, Rate):
+            return _run_rate(entry)
         return _run_entry(entry, min_run_time=min_run_time)
     except Exception:  # the set-up, or the record
         return {"name": entry.name, "ours": asdict(_failed()), "references": {}}
@@ -111,6 +169,71 @@ def _run_entry(entry: Entry, *, min_run_time: float) -> dict[str, Any]:
         if ours.median and theirs.median:
             result["references"][name]["ratio"] = theirs.median / ours.median
     return result
+
+
+def _run_rate(rate: Rate) -> dict[str, Any]:
+    seconds, quality, failures = [], [], {}
+    for name, setup in rate.cases.items():
+        try:
+            inputs = setup()
+            start = time.perf_counter()
+            returned = rate.run(inputs)
+            _wait()
+            seconds.append(time.perf_counter() - start)
+            outcome = rate.judge(returned)
+        except Exception as error:
+            outcome = Outcome(False, float("nan"), f"{type(error).__name__}: {error}".splitlines()[0])
+        quality += [outcome.psnr] if outcome.psnr == outcome.psnr else []
+        if not outcome.success:
+            failures[name] = outcome.why or "not verified"
+    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0, 0.0, 0.0]
+    median = statistics.median(seconds) if seconds else None
+    record = {
+        "cases": len(rate.cases),
+        "successes": len(rate.cases) - len(failures),
+        "median psnr": statistics.median(quality) if quality else None,
+        "least psnr": min(quality, default=None),
+        "failures": failures,
+    }
+    error = None if seconds else "no case ran"
+    timing = Timing(median, quartiles[2] - quartiles[0], len(seconds), error)
+    return {"name": rate.name, "ours": asdict(timing), "references": {}, "record": record}
+
+
+def beside_the_cpu(entries: Sequence[Entry | Rate], twins: Sequence[Entry | Rate]) -> None:
+    """Give each entry of another device that asks for it its twin of the CPU as a reference.
+
+    `twins` are the entries of the CPU, in the same order. What runs once is warmed up first: loading cuSOLVER and
+    cuDNN is not what is measured.
+    """
+    for entry, twin in zip(entries, twins, strict=True):
+        if isinstance(entry, Entry) and isinstance(twin, Entry) and entry.on_cpu:
+            entry.references = {"the same on the CPU": _Twin(twin)} | entry.references
+            if entry.once:
+                entry.setup = _warmed(entry.setup, entry.run)
+
+
+class _Twin:
+    """The same entry on the CPU, set up when it is first asked for."""
+
+    def __init__(self, twin: Entry) -> None:
+        self.twin = twin
+        self.inputs: list[Any] = []
+
+    def __call__(self, _: Any) -> Any:
+        if not self.inputs:
+            self.inputs.append(self.twin.setup())
+        return self.twin.run(self.inputs[0])
+
+
+def _warmed(setup: Callable[[], Any], run: Callable[[Any], Any]) -> Callable[[], Any]:
+    def both() -> Any:
+        inputs = setup()
+        with suppress(Exception):  # what fails here fails again where it is reported
+            run(inputs)
+        return inputs
+
+    return both
 
 
 def _wait() -> None:

@@ -1,4 +1,4 @@
-"""The sparse direct factor of the weight constraints: its time and memory, and what it does for CGLS.
+"""Suite `layer`: the sparse direct factor of the weight constraints, its time and memory, and what it does for CGLS.
 
 ``python benchmarks/run.py --filter dissection`` times factor and solve beside a dense QR and scipy's SuperLU.
 ``python benchmarks/entries_dissection.py --size 32 --beta 0 1e-6 1e-4 [--damping 1e-7] [--iterations 100]``
@@ -22,7 +22,7 @@ from skimage import data
 from skimage.transform import resize
 from torch import Tensor, nn
 
-from bench import Entry
+from bench import Entry, Target
 from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.solve.dissection.factor import DissectionFactor
@@ -114,32 +114,34 @@ def psnr(x: Tensor, reference: Tensor) -> float:
     return float(-10 * torch.log10((x - reference).square().mean()))
 
 
-def entries() -> list[Entry]:
+def entries(target: Target) -> list[Entry]:
+    if target != Target():
+        return []
     found = []
     for size in (32, 64):
         small = {"quick": True} if size == 32 else {}
         dense = {"torch.linalg.qr, dense": dense_qr} if size == 32 else {}
         layer = partial(first_layer, size)
         found += [
-            Entry(f"dissection/factor/{size}", layer, Layer.factor, dense, record=facts, **small),
+            Entry(f"layer/dissection-factor/{size}/{target.name}", layer, Layer.factor, dense, record=facts, **small),
             Entry(
-                f"dissection/factor-only/{size}",
+                f"layer/dissection-factor-only/{size}",
                 lambda layer=layer: (layer(), sparse_matrix(layer())),
                 lambda inputs: inputs[0].factor(),
                 {"scipy splu": lambda inputs: scipy.sparse.linalg.splu(inputs[1])},
             ),
             Entry(
-                f"dissection/solve/{size}",
+                f"layer/dissection-solve/{size}",
                 lambda layer=layer: (layer().factor(), layer().x),
                 lambda inputs: inputs[0].solve_normal(inputs[1]),
                 **small,
             ),
-            Entry(f"dissection/solve-from-nothing/{size}", layer, partial(refined, steps=3), **small),
+            Entry(f"layer/dissection-solve-from-nothing/{size}", layer, partial(refined, steps=3), **small),
         ]
     layer = partial(first_layer, 224)
     damped = partial(Layer.factor, damping=1e-13)
-    found.append(Entry("dissection/factor/224", layer, Layer.factor, record=facts, once=True))
-    found.append(Entry("dissection/factor-damped/224", layer, damped, record=facts, once=True))
+    found.append(Entry(f"layer/dissection-factor/224/{target.name}", layer, Layer.factor, record=facts, once=True))
+    found.append(Entry(f"layer/dissection-factor-damped/224/{target.name}", layer, damped, record=facts, once=True))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Splitting heads: seconds and accuracy against classes and batch. No peer separates a softmax head exactly."""
+"""Suite `batch`: splitting heads, seconds and accuracy against classes and batch. No peer splits a softmax head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench import Entry
+from bench import Entry, Target
 from rconv_fast import HeadSeparation, peel_relu_batch, separate_softmax_batch
 
 # (classes, features, batch)
@@ -71,7 +71,7 @@ def head_entry(n: int, d: int, batch: int, dtype: torch.dtype) -> Entry:
         kept.update(head_inputs(n, d, batch, dtype))
         return kept
 
-    name = f"head/n={n} d={d} B={batch}/{'f64' if dtype == torch.float64 else 'f32'}"
+    name = f"batch/head/n={n} d={d} B={batch}/{Target(dtype=dtype).name}"
     run = lambda inputs: separate_softmax_batch(*inputs["head"])  # noqa: E731
     return Entry(name, setup, run, record=lambda r: facts(kept)(r), once=n == 1000 and batch > 1, quick=n <= 100)
 
@@ -84,12 +84,13 @@ def stack_entry(batch: int, d: int, width: int, shift: float) -> Entry:
         return kept
 
     run = lambda inputs: peel_relu_batch(inputs["layers"], inputs["grads"])  # noqa: E731
-    return Entry(
-        f"peeling/d={d} width={width} B={batch}", setup, run, record=lambda r: facts(kept)(r), quick=batch <= 16
-    )
+    name = f"batch/peeling/d={d} width={width} B={batch}/{Target().name}"
+    return Entry(name, setup, run, record=lambda r: facts(kept)(r), quick=batch <= 16)
 
 
-def entries() -> list[Entry]:
-    """All entries of this file."""
-    heads = [head_entry(*size, dtype) for size in HEADS for dtype in (torch.float64, torch.float32)]
-    return heads + [stack_entry(*size) for size in STACKS]
+def entries(target: Target) -> list[Entry]:
+    """Heads on the CPU, peeling in float64."""
+    if target.device != "cpu":
+        return []
+    heads = [head_entry(*size, target.dtype) for size in HEADS]
+    return heads + ([stack_entry(*size) for size in STACKS] if target.dtype == torch.float64 else [])

@@ -1,6 +1,6 @@
-"""Run the benchmarks: ``python benchmarks/run.py [--filter TEXT] [--quick] [--out FILE.json]``.
+"""Run the benchmarks: ``python benchmarks/run.py [--suite NAME] [--device cuda] [--dtype float32] [--out FILE.json]``.
 
-Finds every ``entries_*.py`` beside this file and calls its ``entries()``. Prints every entry and every
+Finds every ``entries_*.py`` beside this file and calls its ``entries(target)``. Prints every entry and every
 reference, failures too. A ratio says how many times longer the reference takes than ours.
 """
 
@@ -18,18 +18,31 @@ from typing import Any
 
 import numpy
 import scipy
+import torch
 
-from bench import Entry, run_entry
+from bench import Entry, Rate, Target, beside_the_cpu, run_entry
 from rconv_fast._build_info import build_info
 
 HERE = Path(__file__).resolve().parent
 
 
-def discover() -> list[Entry]:
-    found: list[Entry] = []
+SUITES = ("build", "layer", "invert", "batch", "patterns", "noise", "trained", "audit", "scale")
+
+
+def discover(target: Target) -> list[Entry | Rate]:
+    """All entries for a device and a precision; on another device those that ask for it stand beside the CPU's."""
+    found: list[Entry | Rate] = []
     for path in sorted(HERE.glob("entries_*.py")):
-        found += importlib.import_module(path.stem).entries()
+        entries_of = importlib.import_module(path.stem).entries
+        entries = entries_of(target)
+        if target.device != "cpu" and any(isinstance(e, Entry) and e.on_cpu for e in entries):
+            beside_the_cpu(entries, entries_of(Target("cpu", target.dtype)))
+        found += entries
     return found
+
+
+def suite_of(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def machine() -> dict[str, Any]:
@@ -69,15 +82,28 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, action="append", help="only this suite; may be repeated")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float64", choices=("float64", "float32"), help="precision of what is given")
     parser.add_argument("--filter", default="", help="only entries whose name contains this text")
     parser.add_argument("--quick", action="store_true", help="the small entries, briefly: a smoke test")
+    parser.add_argument("--long", action="store_true", help="those too that take minutes each")
     parser.add_argument("--seconds", type=float, default=1.0, help="least time a measurement takes")
     parser.add_argument("--out", type=Path, help="write all figures and the machine's facts as JSON")
     arguments = parser.parse_args()
 
-    chosen = [e for e in discover() if arguments.filter in e.name and (e.quick or not arguments.quick)]
+    suites = arguments.suite or SUITES
+    target = Target(arguments.device, getattr(torch, arguments.dtype))
+    chosen = [
+        e
+        for e in discover(target)
+        if suite_of(e.name) in suites
+        and arguments.filter in e.name
+        and (e.quick or not arguments.quick)
+        and (arguments.long or not e.long)
+    ]
     if not chosen:
-        parser.error(f"no entry matches --filter {arguments.filter!r}")
+        parser.error(f"no entry of {', '.join(suites)} matches --filter {arguments.filter!r}")
     facts = machine()
     for key, value in facts.items():
         print(f"{key:<20} {value}")

@@ -1,7 +1,6 @@
-"""Whole attacks on one photo, beside the R-CONV authors' own code on the same photo and parameters.
+"""Whole attacks on one photo, beside the R-CONV authors' own code on the same photo and parameters, in one run.
 
-``python benchmarks/run.py --filter attack`` measures ours alone. Side by side, in one run on one machine:
-``python benchmarks/entries_attack.py --peer-rrconv CHECKOUT [--filter TEXT] [--threads 1] [--out FILE]``.
+``python benchmarks/beside_rrconv.py --peer-rrconv CHECKOUT [--filter TEXT] [--threads 1] [--out FILE]``.
 CHECKOUT is a clone of https://github.com/tamertaras91/RR-CONV; it is run as it is.
 """
 
@@ -16,18 +15,17 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from skimage import data
-from skimage.transform import resize
 from torch import Tensor, nn
 
 import rconv_fast
-from bench import Entry
+from bench import Target
+from leaks import Leak, facts, leak, ours
 from peer_rrconv import LABEL
+from pictures import face
 from rconv_fast import models
 
 HERE = Path(__file__).resolve().parent
@@ -57,62 +55,20 @@ ATTACKS = [
 ]
 
 
-@dataclass
-class Leak:
-    """What an attacker holds (the model, the gradients), and the photo to compare with."""
-
-    model: nn.Sequential
-    gradients: dict[str, Tensor]
-    photo: Tensor
-
-
-def photo_32() -> Tensor:
-    """Load the astronaut of scikit-image at 32x32, in [0, 1]."""
-    face = data.astronaut()[10:230, 120:340] / 255
-    return torch.from_numpy(resize(face, (32, 32), anti_aliasing=True)).permute(2, 0, 1).clamp(0, 1)
-
-
-def leak(attack: Attack, parameters: list[Tensor] | None = None, device: str = "cpu") -> Leak:
-    """One client's gradients in float64, with the parameters given or the model's own."""
-    model, photo = attack.model().to(device), photo_32()[None].to(device)
-    if parameters is not None:
-        with torch.no_grad():
-            for mine, theirs in zip(model.parameters(), parameters, strict=True):
-                mine.copy_(theirs)
-    names, values = zip(*model.named_parameters(), strict=True)
-    loss = nn.functional.cross_entropy(model(photo), torch.tensor([LABEL], device=device))
-    return Leak(model, dict(zip(names, torch.autograd.grad(loss, values), strict=True)), photo)
-
-
-def ours(leaked: Leak) -> tuple[rconv_fast.Inversion, Leak]:
-    found = rconv_fast.invert(leaked.model, leaked.gradients, (3, 32, 32))
-    if found.inputs.is_cuda:
-        torch.cuda.synchronize()
-    return found, leaked
-
-
-def facts(returned: tuple[rconv_fast.Inversion, Leak]) -> dict[str, Any]:
-    found, leaked = returned
-    return {
-        "psnr": rconv_fast.psnr(found.inputs, leaked.photo),
-        "verified": found.verified,
-        "gradient_residual": found.gradient_residual,
-        "label_right": found.labels.tolist() == [LABEL],
-    }
-
-
-def entries() -> list[Entry]:
-    return [Entry(f"attack/cpu/{attack.name}", partial(leak, attack), ours, record=facts) for attack in ATTACKS]
-
-
-# --- Side by side ----------------------------------------------------------------------------------------
+def theirs_leak(attack: Attack, parameters: list[Tensor]) -> Leak:
+    """The gradients of the photo in float64, with the peer's parameters."""
+    model = attack.model()
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), parameters, strict=True):
+            mine.copy_(theirs)
+    return leak(model, face(), torch.tensor([LABEL]), Target())
 
 
 def run_peer(checkout: Path, attack: Attack, threads: int) -> dict[str, Any]:
     """Run the authors' code once in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         photo, result = Path(folder) / "photo.pt", Path(folder) / "result.pt"
-        torch.save(photo_32(), photo)
+        torch.save(face()[0], photo)
         limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         command = [
             sys.executable,
@@ -137,8 +93,8 @@ def run_peer(checkout: Path, attack: Attack, threads: int) -> dict[str, Any]:
 def side_by_side(attack: Attack, checkout: Path, threads: int, repeats: int) -> dict[str, Any]:
     """Measure both in turn on the peer's own parameters; its clock is its own, from the gradients to the photo."""
     theirs, seconds = [run_peer(checkout, attack, threads)], []
-    leaked = leak(attack, theirs[0]["parameters"])
-    if not torch.equal(theirs[0]["original"].reshape(leaked.photo.shape), leaked.photo):
+    leaked = theirs_leak(attack, theirs[0]["parameters"])
+    if not torch.equal(theirs[0]["original"].reshape(leaked.x.shape), leaked.x):
         raise RuntimeError(f"{attack.name}: the peer was given another photo")
     for turn in range(attack.peer_repeats):
         if turn:
@@ -150,12 +106,12 @@ def side_by_side(attack: Attack, checkout: Path, threads: int, repeats: int) -> 
     peer_seconds = [t["seconds"] for t in theirs]
     mine, other = statistics.median(seconds), statistics.median(peer_seconds)
     return {
-        "name": f"attack/cpu/{attack.name}",
+        "name": f"invert/{attack.name}/{Target().name}",
         "ours": {"seconds": mine, "first_seconds": seconds[0], "all_seconds": seconds, **facts(returned)},
         "rrconv": {
             "seconds": other,
             "all_seconds": peer_seconds,
-            "psnr": rconv_fast.psnr(theirs[0]["recovered"].reshape(leaked.photo.shape), leaked.photo),
+            "psnr": rconv_fast.psnr(theirs[0]["recovered"].reshape(leaked.x.shape), leaked.x),
         },
         "ratio": other / mine,
     }
@@ -182,7 +138,7 @@ def main() -> int:
         line = side_by_side(attack, arguments.peer_rrconv, arguments.threads, arguments.repeats)
         mine, peer = line["ours"], line["rrconv"]
         print(
-            f"{line['name']:32}{mine['seconds']:8.3f}s  {mine['psnr']:7.1f}  {mine['verified']!s:>8}"
+            f"{line['name']:32}{mine['seconds']:8.3f}s  {mine['worst psnr']:7.1f}  {mine['verified']!s:>8}"
             f"  {peer['seconds']:8.2f}s  {peer['psnr']:7.1f}  {line['ratio']:6.0f}x",
             flush=True,
         )

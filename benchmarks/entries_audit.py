@@ -1,0 +1,43 @@
+"""Suite `audit`: what it costs to judge a model without any private data, beside attacking it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from bench import Entry, Target
+from rconv_fast import models
+from rconv_fast.audit import rank_analysis
+
+NETWORKS = {"lenet_o": (3, 32, 32), "cnn6": (3, 32, 32), "cnn3": (3, 32, 32), "cnn4_224": (3, 224, 224)}
+
+
+def analyse(shape: tuple[int, ...], batch: int, model: nn.Module) -> Any:
+    return rank_analysis(model, shape, batch_size=batch)
+
+
+def facts(layers: Any) -> dict[str, Any]:
+    return {
+        "layers": len(layers),
+        "determined": sum(layer.determined for layer in layers),
+        "the papers say": sum(layer.paper_says for layer in layers),
+    }
+
+
+def entries(target: Target) -> list[Entry]:
+    """The analysis is of the structure: it has no device and no precision."""
+    if target != Target():
+        return []
+    return [
+        Entry(
+            f"audit/rank-{name}/{batch}/{target.name}",
+            models.MODELS[name],
+            partial(analyse, shape, batch),
+            record=facts,
+            quick=name == "lenet_o",
+        )
+        for name, shape in NETWORKS.items()
+        for batch in (1, 8)
+    ]

@@ -1,0 +1,55 @@
+"""Suite `scale`: how the cost of a layer grows with the picture, and 224x224 photos of ImageNet one after the other.
+
+The photos are those in foolbox's wheel; without it, crops of scikit-image's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench import Entry, Rate, Target
+from layers import STEMS, layer, ours, record
+from leaks import Leak, judge, leak
+from leaks import ours as invert
+from pictures import crops, samples
+from rconv_fast import models
+
+GROWTH = (32, 64, 128, 256, 512)
+N_PHOTOS = 20
+
+
+def photos() -> dict[str, Tensor]:
+    """Names and pictures (1, 3, 224, 224)."""
+    found = samples("imagenet")[:N_PHOTOS]
+    if found:
+        return {p.name: p.read((3, 224, 224))[None] for p in found}
+    return {f"crop {i}": x[None] for i, x in enumerate(crops(4, 224))}
+
+
+def attacked(name: str, filters: tuple[int, int, int, int], target: Target) -> Leak:
+    model = models.cnn4_224("relu", filters=filters, seed=0)
+    return leak(model, photos()[name], torch.tensor([3]), target)
+
+
+def entries(target: Target) -> list[Entry | Rate]:
+    found: list[Entry | Rate] = [
+        Entry(
+            f"scale/vgg-stem/{size}/{target.name}",
+            lambda size=size: layer(size, *STEMS["vgg"], relu=True).to(target.device),
+            ours,
+            record=record,
+            once=True,
+            quick=size == 32,
+        )
+        for size in GROWTH
+    ]
+    names = [p.name for p in samples("imagenet")[:N_PHOTOS]] or [f"crop {i}" for i in range(4)]
+    for filters in ((32, 256, 256, 256), (24, 256, 256, 256), (16, 256, 256, 256)):
+        cases = {name: partial(attacked, name, filters, target) for name in names}
+        found.append(
+            Rate(f"scale/rate-cnn4_224-{filters[0]}/{len(names)}-photos/{target.name}", cases, invert, judge, long=True)
+        )
+    return found
