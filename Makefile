@@ -62,8 +62,8 @@ simulated-gpu: .venv/installed ## the CUDA code without a GPU: kernels on the ho
 nightly: .venv/installed ## the long sweeps
 	$(BIN)/python -m pytest -m "slow and not cuda and not peer" $(TEST_ARGS)
 
-bench: .venv/installed ## measure on this machine (BENCH_ARGS="--filter gradient")
-	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+bench: .venv/installed ## measure on this machine, under ten minutes (BENCH_ARGS="--suite build"; --long for all)
+	$(BIN)/python benchmarks/run.py --seconds 0.3 --out out/bench $(BENCH_ARGS)
 
 # On a machine with a GPU: build, test, check the kernels, measure. DRY_RUN=1 does what needs no GPU (build, collect
 # the tests, run the GPU benchmarks' functions, build small matrices, time stages on the CPU) and prints the rest. On
@@ -74,9 +74,9 @@ SANITIZER := compute-sanitizer --target-processes all --error-exitcode 1
 gpu-check: $(CUDA_SITE)/installed ## the whole check on a GPU (DRY_RUN=1 without one)
 ifneq ($(DRY_RUN),)
 	$(GPU_PYTHON) -m pytest -q -m "cuda and not slow" --collect-only | tail -n 1
-	$(GPU_PYTHON) -m pytest -q tests/test_benchmarks_gpu.py
-	$(GPU_PYTHON) benchmarks/run.py --quick --filter gradient/ > /dev/null
-	$(GPU_PYTHON) benchmarks/run.py --quick --filter roofline/cpu/
+	$(GPU_PYTHON) -m pytest -q tests/test_benchmarks.py
+	$(GPU_PYTHON) benchmarks/run.py --quick --suite build > /dev/null
+	$(GPU_PYTHON) benchmarks/run.py --quick --filter roofline/
 	@echo "without DRY_RUN, on a machine with a GPU:"
 	@$(MAKE) --no-print-directory --dry-run gpu-check DRY_RUN=
 else
@@ -85,7 +85,8 @@ else
 	$(GPU_PYTHON) -m pytest $(CPU_TESTS) $(TEST_ARGS)
 	$(SANITIZER) --tool memcheck env $(GPU_PYTHON) -m pytest $(KERNEL_TESTS)
 	$(SANITIZER) --tool racecheck env $(GPU_PYTHON) -m pytest $(KERNEL_TESTS)
-	$(GPU_PYTHON) benchmarks/run.py --filter /cuda/ --seconds 0.2 --out benchmarks/results/gpu.json $(BENCH_ARGS)
+	$(GPU_PYTHON) benchmarks/run.py --device cuda --seconds 0.2 --out benchmarks/results $(BENCH_ARGS)
+	$(GPU_PYTHON) benchmarks/run.py --device cuda --dtype float32 --seconds 0.2 --out benchmarks/results $(BENCH_ARGS)
 endif
 
 # As in pyproject.toml for cibuildwheel: torch brings its own libgomp.

@@ -125,18 +125,20 @@ def entries(target: Target) -> list[Entry]:
         found += [
             Entry(f"layer/dissection-factor/{size}/{target.name}", layer, Layer.factor, dense, record=facts, **small),
             Entry(
-                f"layer/dissection-factor-only/{size}",
+                f"layer/dissection-factor-only/{size}/{target.name}",
                 lambda layer=layer: (layer(), sparse_matrix(layer())),
                 lambda inputs: inputs[0].factor(),
                 {"scipy splu": lambda inputs: scipy.sparse.linalg.splu(inputs[1])},
             ),
             Entry(
-                f"layer/dissection-solve/{size}",
+                f"layer/dissection-solve/{size}/{target.name}",
                 lambda layer=layer: (layer().factor(), layer().x),
                 lambda inputs: inputs[0].solve_normal(inputs[1]),
                 **small,
             ),
-            Entry(f"layer/dissection-solve-from-nothing/{size}", layer, partial(refined, steps=3), **small),
+            Entry(
+                f"layer/dissection-solve-from-nothing/{size}/{target.name}", layer, partial(refined, steps=3), **small
+            ),
         ]
     layer = partial(first_layer, 224)
     damped = partial(Layer.factor, damping=1e-13)

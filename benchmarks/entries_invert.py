@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from bench import Entry, Rate, Target
-from layers import layers_of
-from layers_others import prototype
 from leaks import Leak, facts, judge, leak, ours
 from pictures import crops, face, photo
 from rconv_fast import models
+from single_layers import layers_of
+from single_layers_others import prototype
 
 LABEL = 7
 SEEDS = range(10)

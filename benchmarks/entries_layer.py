@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from bench import Entry, Target
-from layers import STEMS, layer, ours, record
-from layers_others import cupy_lsmr, plain
+from single_layers import STEMS, layer, ours, record
+from single_layers_others import cupy_lsmr, plain
 
 
 def entries(target: Target) -> list[Entry]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bench import Entry, Rate, Target
-from layers import STEMS, layer, ours, record
 from leaks import Leak, judge, leak
 from leaks import ours as invert
 from pictures import crops, samples
 from rconv_fast import models
+from single_layers import STEMS, layer, ours, record
 
 GROWTH = (32, 64, 128, 256, 512)
 N_PHOTOS = 20

@@ -1,7 +1,7 @@
 """Write tables of BENCHMARKS.md and README.md, and plots of docs/: ``python benchmarks/publish.py``.
 
 No figure is typed in by hand: what stands between ``<!-- results: NAME -->`` and ``<!-- end -->`` is made here from
-``benchmarks/results/NAME.json``, which ``run.py`` or ``entries_attack.py`` wrote.
+all files ``benchmarks/results/NAME*.json``, which ``run.py``, ``beside_rrconv.py`` or ``paper_tables.py`` wrote.
 """
 
 from __future__ import annotations
@@ -38,79 +38,17 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def of_attack(results: list[Result]) -> str:
-    rows = [
-        [
-            r["name"].removeprefix("attack/cpu/"),
-            seconds(r["ours"]["seconds"]),
-            f"{r['ours']['psnr']:.0f} dB",
-            "yes" if r["ours"]["verified"] else "no",
-            seconds(r["rrconv"]["seconds"]),
-            f"{r['rrconv']['psnr']:.0f} dB",
-            f"{r['ratio']:.0f}x",
-            f"{min(r['rrconv']['all_seconds']) / min(r['ours']['all_seconds']):.0f}x",
-        ]
-        for r in results
-    ]
-    header = ["network", "ours", "PSNR", "verified", "authors' code", "PSNR", "ratio", "of the fastest runs"]
-    return table(header, rows)
+def decibels(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.0f} dB"
 
 
-def of_builders(results: list[Result]) -> str:
-    names = list(results[0]["references"])
-    rows = []
-    for r in results:
-        ratios = [f"{r['references'][n]['ratio']:.2f}x" for n in names]
-        name = r["name"].removeprefix("gradient/cpu/")
-        rows.append([name, seconds(r["ours"]["median"]), f"{r['gb_per_s']:.1f} GB/s", *ratios])
-    return table(["F, H, k, s, p", "ours", "written", *names], rows)
+def yes_or_no(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, "-")
 
 
-def of_large(results: list[Result]) -> str:
-    rows = []
-    for r in results:
-        facts = r["record"]
-        plain = next(iter(r["references"].values()), {})
-        rows.append(
-            [
-                r["name"].removeprefix("large/"),
-                seconds(r["ours"]["median"]),
-                f"{facts['psnr']:.0f} dB",
-                f"{facts['determined']:.1%}" if "determined" in facts else ("verified" if facts["verified"] else "no"),
-                f"{facts['peak MiB of the process']:.0f} MiB",
-                seconds(plain.get("median")),
-                f"{plain['ratio']:.1f}x" if "ratio" in plain else "-",
-            ]
-        )
-    header = ["case", "ours", "PSNR", "determined", "peak of the process so far", "plain Jacobi-CG", "ratio"]
-    return table(header, rows)
-
-
-def of_batch(results: list[Result]) -> str:
-    rows = [
-        [
-            r["name"].removeprefix("batch/"),
-            seconds(r["ours"]["median"]),
-            f"{r['record']['worst psnr']:.0f} dB",
-            "yes" if r["record"]["verified"] else "no",
-            r["record"]["tightest layer"],
-        ]
-        for r in results
-        if "record" in r
-    ]
-    return table(
-        ["network, samples, gradients", "ours", "worst PSNR", "verified", "tightest layer, or what stops it"], rows
-    )
-
-
-def of_heads(results: list[Result]) -> str:
-    rows = []
-    for r in results:
-        facts = r["record"]
-        error = f"{facts['error']:.0e}" if "error" in facts else "-"
-        found = f"{facts['found']} of {facts['batch']}"
-        rows.append([r["name"], seconds(r["ours"]["median"]), found, error, str(facts.get("wrong_labels", "-"))])
-    return table(["head", "ours", "found", "largest relative error", "wrong labels"], rows)
+def short(name: str) -> str:
+    """An entry's name without its suite."""
+    return name.partition("/")[2]
 
 
 def beside(references: dict[str, Result]) -> str:
@@ -122,71 +60,96 @@ def beside(references: dict[str, Result]) -> str:
     return "; ".join(cells) or "-"
 
 
-def of_gpu(results: list[Result]) -> str:
-    """Attacks, builders and stages, a table each."""
-    kinds: dict[str, list[Result]] = {"builders": [], "roofline": [], "attacks": []}
-    for r in results:
-        kind = r["name"].split("/")[0]
-        kinds[kind if kind in kinds else "attacks"].append(r)
-    tables = of_gpu_attacks(kinds["attacks"]), of_gpu_builders(kinds["builders"]), of_roofline(kinds["roofline"])
-    return "\n\n".join(tables)
+# --- One table a kind of result -----------------------------------------------------------------------------
 
 
-def of_gpu_attacks(results: list[Result]) -> str:
+def of_rates(results: list[Result]) -> str:
     rows = []
     for r in results:
-        facts, on_cpu = r.get("record", {}), r["references"]["the same on the CPU"]
-        psnr = facts.get("psnr", facts.get("worst psnr"))
-        others = {name: other for name, other in r["references"].items() if other is not on_cpu}
+        facts = r["record"]
+        failed = "; ".join(f"{name}: {why}" for name, why in facts["failures"].items()) or "none"
         rows.append(
             [
-                r["name"].replace("/cuda/", " "),
+                short(r["name"]),
+                f"{facts['successes']} of {facts['cases']}",
+                decibels(facts["median psnr"]),
+                decibels(facts["least psnr"]),
                 seconds(r["ours"]["median"]),
-                "-" if psnr is None else f"{psnr:.0f} dB",
-                {True: "yes", False: "no"}.get(facts.get("verified"), "-"),
-                seconds(on_cpu["median"]),
-                f"{on_cpu['ratio']:.1f}x" if "ratio" in on_cpu else "-",
-                beside(others),
+                failed.replace("|", "/"),
             ]
         )
-    return table(["case", "ours", "PSNR", "verified", "the same on the CPU", "ratio", "others on the GPU"], rows)
+    return table(["cases", "recovered", "median PSNR", "least PSNR", "median time", "failures"], rows)
 
 
-def of_gpu_builders(results: list[Result]) -> str:
-    """A copy reads what it writes: of equal bytes written, it moves twice as many. A replay leaves out the host."""
+def of_attacks(results: list[Result]) -> str:
+    rows = [
+        [
+            short(r["name"]),
+            seconds(r["ours"]["median"]),
+            decibels(r["record"]["worst psnr"]),
+            yes_or_no(r["record"]["verified"]),
+            r["record"].get("tightest layer", "-"),
+            beside(r["references"]),
+        ]
+        for r in results
+    ]
+    return table(["case", "ours", "worst PSNR", "verified", "tightest layer, or what stops it", "others"], rows)
+
+
+def of_layers(results: list[Result]) -> str:
+    rows = [
+        [
+            short(r["name"]),
+            seconds(r["ours"]["median"]),
+            decibels(r["record"]["psnr"]),
+            f"{r['record']['determined']:.1%}",
+            f"{r['record']['peak MiB of the process']:.0f} MiB",
+            beside(r["references"]),
+        ]
+        for r in results
+    ]
+    return table(["layer", "ours", "PSNR", "determined", "peak of the process so far", "others"], rows)
+
+
+def of_heads(results: list[Result]) -> str:
     rows = []
     for r in results:
-        _, _, matrix, size = r["name"].split("/")
+        facts = r["record"]
+        error = f"{facts['error']:.0e}" if "error" in facts else "-"
+        found = f"{facts['found']} of {facts['batch']}"
+        rows.append([short(r["name"]), seconds(r["ours"]["median"]), found, error, str(facts.get("wrong_labels", "-"))])
+    return table(["head", "ours", "found", "largest relative error", "wrong labels"], rows)
+
+
+def of_builders(results: list[Result]) -> str:
+    """Bytes written a second, as a share of what a copy writes, which reads as many; replays leave out the host."""
+    copy = "device copy of the same bytes"
+    rows = []
+    for r in results:
         others = dict(r["references"])
-        ratio = others.pop("device copy of the same bytes", {}).get("ratio")
-        replayed = [
-            others.pop(f"{what}, replayed", {}).get("median") for what in ("device copy of the same bytes", "ours")
-        ]
+        ratio = others.pop(copy, {}).get("ratio")
+        replayed = [others.pop(f"{what}, replayed", {}).get("median") for what in (copy, "ours")]
         rows.append(
             [
-                matrix,
-                size,
+                short(r["name"]),
                 seconds(r["ours"]["median"]),
-                f"{r['gb_per_s']:.0f} GB/s" if "gb_per_s" in r else "-",
+                f"{r['gb_per_s']:.1f} GB/s",
                 "-" if ratio is None else f"{ratio:.2f}",
-                "-" if ratio is None else f"{ratio / 2:.2f}",
                 f"{replayed[0] / replayed[1]:.2f}" if all(replayed) else "-",
                 beside(others),
             ]
         )
-    shares = ["bytes written / a copy's", "bytes moved / a copy's", "written / a copy's, both replayed"]
-    return table(["matrix", "size", "ours", "written", *shares, "others"], rows)
+    header = ["matrix, F, H, k, s, p", "ours", "written", "written / a copy's", "both replayed", "others"]
+    return table(header, rows)
 
 
 def of_roofline(results: list[Result]) -> str:
     rows = []
     for r in results:
-        if "record" not in r:
-            continue
         facts = r["record"]
         rows.append(
             [
-                r["name"].removeprefix("roofline/"),
+                short(r["name"]).removeprefix("roofline/"),
                 f"{facts['bytes'] / 1e6:.1f} MB",
                 f"{facts['flops'] / 1e9:.2f} Gflop",
                 seconds(facts["seconds"]),
@@ -201,15 +164,75 @@ def of_roofline(results: list[Result]) -> str:
     return table([*header, "share of the limit"], rows)
 
 
-TABLES: dict[str, Callable[[list[Result]], str]] = {
-    "attack": of_attack,
-    "builders": of_builders,
-    "large": of_large,
-    "batch": of_batch,
-    "heads": of_heads,
-    "gpu": of_gpu,
-    "roofline": of_roofline,
-}
+def of_beside(results: list[Result]) -> str:
+    """Ours and the R-CONV authors' code in turn."""
+    rows = [
+        [
+            short(r["name"]),
+            seconds(r["ours"]["seconds"]),
+            decibels(r["ours"]["worst psnr"]),
+            yes_or_no(r["ours"]["verified"]),
+            seconds(r["rrconv"]["seconds"]),
+            decibels(r["rrconv"]["psnr"]),
+            f"{r['ratio']:.0f}x",
+            f"{min(r['rrconv']['all_seconds']) / min(r['ours']['all_seconds']):.0f}x",
+        ]
+        for r in results
+    ]
+    header = ["network", "ours", "PSNR", "verified", "authors' code", "PSNR", "ratio", "of the fastest runs"]
+    return table(header, rows)
+
+
+def of_paper(results: list[Result]) -> str:
+    rows = [
+        [
+            r["network"],
+            r["attack"],
+            str(len(r["seconds"])),
+            f"{r['mse']['mean']:.1e} ± {r['mse']['deviation']:.1e}",
+            f"{r['psnr']['mean']:.1f} ± {r['psnr']['deviation']:.1f}",
+            f"{r['psnr']['mean'] + PEAK_255:.1f}",
+            f"{seconds(r['time']['mean'])} ± {seconds(r['time']['deviation'])}",
+            r["note"] or "-",
+        ]
+        for r in results
+    ]
+    header = ["network", "attack", "images", "MSE", "PSNR, peak 1", "PSNR, peak 255", "time", "note"]
+    return table(header, rows)
+
+
+def of_others(results: list[Result]) -> str:
+    rows = []
+    for r in results:
+        facts = ", ".join(f"{name} {value}" for name, value in r.get("record", {}).items()) or "-"
+        rows.append([short(r["name"]), seconds(r["ours"]["median"]), facts, beside(r["references"])])
+    return table(["case", "ours", "found", "others"], rows)
+
+
+# What the paper's PSNR adds: 20 log10 255.
+PEAK_255 = 48.13
+
+# The first whose mark a result has says what table it goes into.
+KINDS: list[tuple[Callable[[Result], bool], Callable[[list[Result]], str]]] = [
+    (lambda r: "attack" in r, of_paper),
+    (lambda r: "rrconv" in r, of_beside),
+    (lambda r: "gb_per_s" in r, of_builders),
+    (lambda r: "failures" in r.get("record", {}), of_rates),
+    (lambda r: "worst psnr" in r.get("record", {}), of_attacks),
+    (lambda r: "determined" in r.get("record", {}) and "psnr" in r["record"], of_layers),
+    (lambda r: "share of the limit reached" in r.get("record", {}), of_roofline),
+    (lambda r: "found" in r.get("record", {}), of_heads),
+    (bool, of_others),
+]
+
+
+def tables(results: list[Result]) -> str:
+    """One table for each kind of result that there is."""
+    groups: dict[int, list[Result]] = {}
+    for r in results:
+        kind = next(i for i, (has_mark, _) in enumerate(KINDS) if has_mark(r))
+        groups.setdefault(kind, []).append(r)
+    return "\n\n".join(KINDS[kind][1](group) for kind, group in sorted(groups.items()))
 
 
 def machine(facts: Result) -> str:
@@ -220,29 +243,36 @@ def machine(facts: Result) -> str:
     )
 
 
-def fill(page: str, name: str) -> str:
-    """The page with one table made anew; as it was where nothing has been measured."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return page
-    loaded = json.loads(path.read_text())
-    text = f"{machine(loaded['machine'])}\n\n{TABLES[name](loaded['results'])}"
-    region = re.compile(rf"(<!-- results: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
-    return region.sub(lambda m: m[1] + text + m[2], page)
+def files_of(name: str) -> list[Path]:
+    return sorted(path for path in RESULTS.glob(f"{name}*.json") if re.split(r"[-.]", path.name)[0] == name)
 
 
-def plot(name: str, prefix: str, label: str, picture: str, per: Callable[[float], float]) -> None:
-    """Draw time over the last number in the names of a group of results, and time per unit of work."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return
+def fill(page: str) -> str:
+    """The page with all its tables made anew; as they were where nothing has been measured."""
+
+    def made(region: re.Match[str]) -> str:
+        loaded = [json.loads(path.read_text()) for path in files_of(region[1])]
+        parts = [f"{machine(one['machine'])}\n\n{tables(one['results'])}" for one in loaded]
+        return f"<!-- results: {region[1]} -->\n" + ("\n\n".join(parts) or region[2]) + "\n<!-- end -->"
+
+    return re.sub(r"<!-- results: (\w+) -->\n(.*?)\n<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def plot(name: str, pattern: str, label: str, picture: str, per: Callable[[float], float]) -> None:
+    """Draw time over the size in the names of a group of results, and time per unit of work.
+
+    `pattern` has two groups: the name of the curve, and the size.
+    """
     groups: dict[str, list[tuple[float, float]]] = {}
-    for r in json.loads(path.read_text())["results"]:
-        match = re.fullmatch(rf"{prefix}(?:/([^/]+))?/(\d+)(?:/float64)?", r["name"])
-        if match and r["ours"]["median"] and "224" not in r["name"]:
-            groups.setdefault(match[1] or "", []).append((float(match[2]), r["ours"]["median"]))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for path in files_of(name):
+        for r in json.loads(path.read_text())["results"]:
+            match = re.fullmatch(pattern, r["name"])
+            if match and r["ours"]["median"]:
+                groups.setdefault(match[1], []).append((float(match[2]), r["ours"]["median"]))
     curves = {group: sorted(points) for group, points in groups.items() if len(points) > 2}
+    if not curves:
+        return
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for group, points in curves.items():
         x, y = zip(*points, strict=True)
         left.loglog(x, y, "o-", label=group)
@@ -253,19 +283,15 @@ def plot(name: str, prefix: str, label: str, picture: str, per: Callable[[float]
         axes.minorticks_off()
     left.set(xlabel=label, ylabel="seconds")
     right.set(xlabel=label, ylabel="microseconds per unknown value", ylim=(0, None))
-    if any(curves):
-        left.legend()
+    left.legend()
     figure.savefig(DOCS / picture, dpi=120)
 
 
 def main() -> None:
     for path in PAGES:
-        page = path.read_text()
-        for name in TABLES:
-            page = fill(page, name)
-        path.write_text(page)
-    plot("large", "large/growth", "pixels of an edge", "growth.png", lambda n: 3 * n * n)
-    plot("batch", "batch", "samples in the batch", "batch.png", lambda n: 3072 * n)
+        path.write_text(fill(path.read_text()))
+    plot("scale", r"scale/(vgg-stem)/(\d+)/cpu-float64", "pixels of an edge", "growth.png", lambda n: 3 * n * n)
+    plot("batch", r"batch/(\w+-\d+)/(\d+)/cpu-float64", "samples in the batch", "batch.png", lambda n: 3072 * n)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,17 @@ from torch import Tensor
 import builders
 from bench import Entry, Target, measure
 from builders import Case
-from layers import STEMS, layer
 from rconv_fast.constraints.layout import ConstraintLayout
 from rconv_fast.constraints.operators import apply_gradient
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve.hybrid import balance
-from rconv_fast.solve.krylov import KrylovResult, Preconditioner, refine
+from rconv_fast.solve.conjugate import Preconditioner
+from rconv_fast.solve.krylov import KrylovResult, refine
 from rconv_fast.solve.phases.gram import tap_windows
 from rconv_fast.solve.phases.solve import solve_by_phases
-from rconv_fast.solve.precision import exact_float32
 from rconv_fast.solve.preconditioners import jacobi
-from rconv_fast.solve.rows import GradientRows, System, WeightRows
+from rconv_fast.solve.rows import GradientRows, System, WeightRows, balance
 from rconv_fast.solve.solution import Solution
+from single_layers import STEMS, layer
 
 DTYPES = (torch.float64, torch.float32)
 # --- What the machine can do ------------------------------------------------------------------------------
@@ -53,8 +52,7 @@ def limits_of(device: str) -> Limits:
 def matrix_flops(device: str, dtype: torch.dtype) -> float:
     n = MATRIX_SIDE[device]
     matrix = torch.rand(n, n, dtype=dtype, device=device)  # products of constants take less power, hence time
-    with exact_float32():
-        return 2 * n**3 / seconds_of(lambda a: a @ a, matrix)
+    return 2 * n**3 / seconds_of(lambda a: a @ a, matrix)
 
 
 def seconds_of(function: Callable[[Any], Any], given: Any) -> float:
@@ -219,17 +217,14 @@ def iteration_work(given: Hybrid, result: KrylovResult) -> Work:
 ITERATIONS = 32
 
 
-@exact_float32()
 def apply(given: Hybrid) -> list[Tensor]:
     return given.system.apply(given.x)
 
 
-@exact_float32()
 def adjoint(given: Hybrid) -> Tensor:
     return given.system.adjoint(given.y)
 
 
-@exact_float32()
 def iterate(given: Hybrid) -> KrylovResult:
     return refine(given.system, given.preconditioner, inner_rtol=0.0, rtol=0.0, max_iterations=ITERATIONS)
 

@@ -80,6 +80,20 @@ def show(result: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def save(out: Path, target: Target, facts: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """Everything in one JSON file, or one file a suite in a folder."""
+    if out.suffix == ".json":
+        files = {out: results}
+    else:
+        files = {
+            out / f"{suite}-{target.name}.json": [r for r in results if suite_of(r["name"]) == suite]
+            for suite in dict.fromkeys(suite_of(r["name"]) for r in results)
+        }
+    for path, found in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": facts, "results": found}, indent=2) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, action="append", help="only this suite; may be repeated")
@@ -89,9 +103,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the small entries, briefly: a smoke test")
     parser.add_argument("--long", action="store_true", help="those too that take minutes each")
     parser.add_argument("--seconds", type=float, default=1.0, help="least time a measurement takes")
-    parser.add_argument("--out", type=Path, help="write all figures and the machine's facts as JSON")
+    parser.add_argument("--out", type=Path, help="a JSON file, or a folder for one file a suite")
     arguments = parser.parse_args()
 
+    # Float32 with all its bits, without which the solver iterates in float64.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     suites = arguments.suite or SUITES
     target = Target(arguments.device, getattr(torch, arguments.dtype))
     chosen = [
@@ -113,8 +129,7 @@ def main() -> int:
         results.append(run_entry(entry, min_run_time=0.05 if arguments.quick else arguments.seconds))
         show(results[-1])
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"machine": facts, "results": results}, indent=2) + "\n")
+        save(arguments.out, target, facts, results)
     failed = [r["name"] for r in results if r["ours"]["error"]]
     return 1 if failed else 0
 

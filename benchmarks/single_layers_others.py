@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from builders import csr
-from layers import Layer
 from rconv_fast.constraints import ops
 from rconv_fast.constraints.sparse import to_cupy
 from rconv_fast.constraints.streams import cupy_on_torch_stream
+from single_layers import Layer
 
 # Iterations after which the plain recipe is stopped; it is reported as not converged.
 PLAIN_ITERATIONS = 5000
