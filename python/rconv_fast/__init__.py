@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from rconv_fast.audit import LayerRank, rank_analysis
+from rconv_fast.audit import AuditReport, LayerRank, audit, rank_analysis
 from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
 from rconv_fast.errors import RconvError, UnsupportedModelError
 from rconv_fast.heads import HeadSeparation, peel_relu_batch, recover_linear_input, separate_softmax_batch
@@ -25,6 +25,7 @@ from rconv_fast.walk.report import LayerReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditReport",
     "ConvRecovery",
     "HeadSeparation",
     "Inversion",
@@ -33,6 +34,7 @@ __all__ = [
     "RconvError",
     "Sample",
     "UnsupportedModelError",
+    "audit",
     "constraint_operator",
     "gradient_constraints",
     "gradients_from_update",

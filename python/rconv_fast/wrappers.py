@@ -58,6 +58,11 @@ def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin.to(dtype)
 
 
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The same modules in the same modes on the meta device: shapes and dtypes, no values, no hooks, no memory."""
+    return _twin(model, {}, lambda value: torch.empty_like(value, device="meta"))
+
+
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All parameters by name in ``model.parameters()`` order, as if nothing in the model were wrapped.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from rconv_fast.audit.advice import Advice
+from rconv_fast.audit.judge import audit
 from rconv_fast.audit.rank import LayerRank, PhaseRank, rank_analysis
+from rconv_fast.audit.report import AuditReport
 
-__all__ = ["LayerRank", "PhaseRank", "rank_analysis"]
+__all__ = ["Advice", "AuditReport", "LayerRank", "PhaseRank", "audit", "rank_analysis"]

@@ -13,6 +13,7 @@ input.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch import nn
 
 from rconv_fast.audit.structure import checked_shape, read_structure
 from rconv_fast.errors import require, require_type
-from rconv_fast.geometry import ConvGeometry, Phase
+from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.affine import AffineRule, SumRule
 from rconv_fast.layers.average import AverageRule
@@ -33,8 +34,6 @@ from rconv_fast.walk.graph import Graph, Step
 
 # Of the outputs of an activation with flat pieces (ReLU) this share is expected to be invertible, unless measured.
 EXPECTED_ALIVE = 0.5
-# Layers behind the logits that the loss is looked through.
-WRAPPERS = ("logsoftmax", "softmax", "sigmoid", "logsigmoid")
 
 
 class PhaseRank(NamedTuple):
@@ -66,6 +65,8 @@ class LayerRank:
         No system of these equations has a higher rank: phases, batch, unreached positions and known values counted.
     determined : bool
         ``rank_bound == unknowns``: the equations can determine every value.
+    equations : int
+        The same, not capped by the unknowns: how much there is to spare.
     values : int
         Value equations that really are available: also through averages and skip connections.
     unreached : int
@@ -87,6 +88,7 @@ class LayerRank:
     phases: tuple[PhaseRank, ...] = ()
     rank_bound: int = 0
     determined: bool = False
+    equations: int = 0
     values: int = 0
     unreached: int = 0
     covered: bool = True
@@ -168,6 +170,7 @@ class _Count:
     def __init__(self, graph: Graph, batch_size: int, measured: Measured, loss: str) -> None:
         self.graph, self.batch, self.measured, self.loss = graph, batch_size, measured, loss
         self.known: dict[str, float] = {}
+        self.read: dict[str, Places] = {}
         self.found: dict[str, LayerRank] = {}
 
     def run(self) -> list[LayerRank]:
@@ -182,8 +185,6 @@ class _Count:
     def _head(self) -> Step | None:
         """Enter the last fully connected layer; None where the model does not end in one."""
         step = self.graph.steps[self.graph.output]
-        while _is_wrapper(step) and len(step.inputs) == 1:
-            step = self.graph.steps[step.inputs[0]]
         rule = step.rule
         if not isinstance(rule, ConvRule) or rule.geometry.n_taps != 1 or len(step.shape) != 2:
             reason = f"{rule.kind} as the last layer, where a fully connected one is needed"
@@ -203,6 +204,7 @@ class _Count:
             phases=(PhaseRank(classes, self.batch),),
             rank_bound=min(rows, unknowns),
             determined=enough,
+            equations=rows,
             reason=reason,
         )
         self.known[step.inputs[0]] = 1.0
@@ -218,7 +220,9 @@ class _Count:
         share = self._share(step.name)
         convolved = any(isinstance(consumer.rule, ConvRule) for consumer in consumers)
         if convolved or (share < 1 and step.name == self.graph.input):
-            self._count(step, consumers, share)
+            counted = self._count(step, consumers, share)
+            self.known[step.name] = 1 - counted.unreached / counted.unknowns
+            return
         elif share < 1 and step.rule.needs_output:
             reason = f"{step.rule.kind}, whose output the layers behind it do not determine"
             self.found[step.name] = LayerRank(step.label, step.rule.kind, reason=reason)
@@ -270,20 +274,24 @@ class _Count:
     def _numel(self, name: str) -> int:
         return self.batch * math.prod(self.graph.steps[name].shape[1:])
 
-    def _count(self, step: Step, consumers: list[Step], share: float) -> None:
+    def _count(self, step: Step, consumers: list[Step], share: float) -> LayerRank:
         """The equations of one tensor: a layer's input."""
         layers = [consumer for consumer in consumers if isinstance(consumer.rule, ConvRule)]
         tallies = [self._tally(layer) for layer in layers]
+        if len(layers) == len(consumers):
+            self.read[step.name] = _union([tally.read for tally in tallies])
         unknowns = self._numel(step.name)
         reached = max((tally.reached for tally in tallies), default=0)
         unreached = 0 if share > 0 else unknowns - reached
-        values = math.floor(share * unknowns + sum(self._equations(layer.name) for layer in layers))
-        rank = min(unknowns - unreached, sum(tally.rank for tally in tallies) + values)
+        values = [math.floor(self._equations(layer.name)) for layer in layers]
+        points = math.floor(share * unknowns)
+        equations = points + sum(min(t.rank + v, t.most) for t, v in zip(tallies, values, strict=True))
+        rank = min(unknowns - unreached, equations)
         weights = math.floor(sum(self._paper_share(layer) * self._numel(layer.name) for layer in layers))
         gradients = sum(tally.gradients for tally in tallies)
         named = layers or consumers
         label = " + ".join(layer.label for layer in named)
-        self.found[named[-1].name] = LayerRank(
+        counted = LayerRank(
             label,
             " + ".join(dict.fromkeys(layer.rule.kind for layer in named)),
             weight_constraints=weights,
@@ -293,11 +301,14 @@ class _Count:
             phases=tuple(phase for tally in tallies for phase in tally.phases),
             rank_bound=rank,
             determined=rank == unknowns,
-            values=values,
+            equations=equations,
+            values=points + sum(values),
             unreached=unreached,
             reason=self._shortfall(step, rank, unknowns, unreached),
             pattern=self._pattern(layers),
         )
+        self.found[named[-1].name] = counted
+        return counted
 
     def _shortfall(self, step: Step, rank: int, unknowns: int, unreached: int) -> str:
         """Why the recursion stops here, or nothing."""
@@ -310,7 +321,32 @@ class _Count:
     def _tally(self, layer: Step) -> Tally:
         assert isinstance(layer.rule, ConvRule)
         geometry = layer.rule.geometry
-        return tally(geometry, self.batch, self.measured.filters.get(layer.name, geometry.out_channels))
+        filters = self.measured.filters.get(layer.name, geometry.out_channels)
+        return tally(geometry, self.batch, filters, self._with_gradient(layer.name), self._averaged(layer.name))
+
+    def _averaged(self, name: str) -> tuple[int, ...] | None:
+        """The spatial size of the average behind a linear layer, if there is one."""
+        if len(self.graph.consumers[name]) != 1:
+            return None
+        ((behind, _),) = self.graph.consumers[name]
+        match self.graph.steps[behind].rule:
+            case AverageRule():
+                sizes = tuple(self.graph.steps[behind].shape[2:])
+                return sizes or (1,) * (len(self.graph.steps[name].shape) - 2)
+            case AffineRule():
+                return self._averaged(behind)
+            case _:
+                return None
+
+    def _with_gradient(self, name: str) -> Places | None:
+        """The places of a tensor that the layers behind it read (None: all); others have no gradient."""
+        if name in self.read:
+            return self.read[name]
+        behind = [(b, self.graph.steps[b].rule) for b, _ in self.graph.consumers[name]]
+        if not behind or not all(isinstance(rule, ActivationRule | AffineRule | SumRule) for _, rule in behind):
+            return None
+        found = [places for b, _ in behind if (places := self._with_gradient(b)) is not None]
+        return _union(found) if len(found) == len(behind) else None
 
     def _paper_share(self, layer: Step) -> float:
         """The share of a layer's outputs that the paper's rule counts: what the activation behind it lets through."""
@@ -348,11 +384,6 @@ class _Count:
         return self._pool_behind(behind[0]) if through else None
 
 
-def _is_wrapper(step: Step) -> bool:
-    name = step.rule.kind.lower().replace("_", "")
-    return name in WRAPPERS or isinstance(step.rule, RearrangeRule)
-
-
 def _is_pool(step: Step) -> bool:
     return "maxpool" in step.rule.kind.lower().replace("_", "")
 
@@ -366,6 +397,15 @@ def _hardness(ratio: float) -> str:
     return "found in some trials" if ratio >= 2 else "not found in trials"
 
 
+# Of a tensor with one or more spatial axes: the positions on each of them.
+Places = tuple[frozenset[int], ...]
+
+
+def _union(places: Sequence[Places]) -> Places:
+    """The smallest box grid that holds all."""
+    return tuple(frozenset().union(*axis) for axis in zip(*places, strict=True))
+
+
 @dataclass(frozen=True)
 class Tally:
     """The gradient constraints of one convolution: counts for all channels together, phases for one."""
@@ -374,43 +414,62 @@ class Tally:
     phases: tuple[PhaseRank, ...]
     rank: int
     reached: int
+    read: Places
+    most: int
 
 
-def tally(geometry: ConvGeometry, batch: int, filters: int) -> Tally:
-    """Count rows, rank bound and reached positions of a convolution with `filters` live filters."""
+def tally(
+    geometry: ConvGeometry,
+    batch: int,
+    filters: int,
+    live: Places | None = None,
+    averaged: tuple[int, ...] | None = None,
+) -> Tally:
+    """Count rows, rank bound and positions read, where `filters` and the outputs at `live` (all) have a gradient.
+
+    An average of size `averaged` behind gives all outputs of a window one gradient: what is seen of x is its sums over
+    windows, which cover the positions ``v t s + k d - p``, t the average's stride, and nothing else.
+    """
     of_group = max(filters // geometry.groups, 1)
+    outputs = live or tuple(frozenset(range(size)) for size in geometry.out_size)
+    distinct = math.inf if averaged is None else math.prod(averaged)
     phases, rank, reached = [], 0, 0
+    read: list[set[int]] = [set() for _ in outputs]
     for phase in geometry.phases:
-        touched = batch * _reached(geometry, phase)
-        independent = sum(min(of_group, batch * outputs) for outputs in _outputs_by_tap(geometry, phase))
+        met = [_met(geometry, axis, taps, outputs[axis]) for axis, taps in enumerate(phase.taps)]
+        counts = [min(math.prod(map(len, choice)), distinct) for choice in itertools.product(*met)]
+        touched = batch * math.prod(len(frozenset().union(*taps)) for taps in met)
         phases.append(PhaseRank(of_group * phase.n_taps, batch * phase.n_positions))
-        rank += min(touched, independent)
+        rank += int(min(touched, sum(min(of_group, batch * count) for count in counts)))
         reached += touched
+        if touched:
+            for axis, taps in enumerate(met):
+                read[axis].update(*taps)
     channels = geometry.in_channels
-    gradients = geometry.out_channels // geometry.groups * geometry.n_taps * channels
-    return Tally(gradients, tuple(phases), channels * rank, channels * reached)
+    return Tally(
+        geometry.out_channels // geometry.groups * geometry.n_taps * channels,
+        tuple(phases),
+        channels * rank,
+        channels * reached,
+        tuple(map(frozenset, read)),
+        channels * batch * _window_sums(geometry, averaged),
+    )
 
 
-def _outputs_on_axis(geometry: ConvGeometry, axis: int, tap: int) -> range:
-    """Outputs u at which the offset meets the input: ``0 <= u s + k d - p < n``."""
-    s, shift = geometry.stride[axis], tap * geometry.dilation[axis] - geometry.padding[axis]
-    first = max(0, -(shift // s))
-    last = min(geometry.out_size[axis] - 1, (geometry.input_size[axis] - 1 - shift) // s)
-    return range(first, last + 1)
-
-
-def _outputs_by_tap(geometry: ConvGeometry, phase: Phase) -> list[int]:
-    """For every offset of a phase, the number of outputs at which it meets the input."""
-    counts = [1]
-    for axis, taps in enumerate(phase.taps):
-        counts = [n * len(_outputs_on_axis(geometry, axis, tap)) for n in counts for tap in taps]
-    return counts
-
-
-def _reached(geometry: ConvGeometry, phase: Phase) -> int:
-    """Positions of a phase that some output reads."""
+def _window_sums(geometry: ConvGeometry, averaged: tuple[int, ...] | None) -> int:
+    """How many sums over the average's windows the kernel's offsets meet; without an average, how many values."""
+    if averaged is None:
+        return geometry.n_input
     total = 1
-    for axis, taps in enumerate(phase.taps):
-        s, d, p = geometry.stride[axis], geometry.dilation[axis], geometry.padding[axis]
-        total *= len({u * s + tap * d - p for tap in taps for u in _outputs_on_axis(geometry, axis, tap)})
+    for axis, windows in enumerate(averaged):
+        step = geometry.out_size[axis] // windows * geometry.stride[axis]
+        offsets = range(0, geometry.kernel_size[axis] * geometry.dilation[axis], geometry.dilation[axis])
+        total *= len({v * step + offset for v in range(windows) for offset in offsets})
     return total
+
+
+def _met(geometry: ConvGeometry, axis: int, taps: Sequence[int], outputs: frozenset[int]) -> list[set[int]]:
+    """For each offset k of a phase, the input positions ``u s + k d - p`` that it meets from the given outputs u."""
+    s, d, p = geometry.stride[axis], geometry.dilation[axis], geometry.padding[axis]
+    size = geometry.input_size[axis]
+    return [{i for u in outputs if 0 <= (i := u * s + tap * d - p) < size} for tap in taps]

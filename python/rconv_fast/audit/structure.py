@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rconv_fast.errors import require, require_type
 from rconv_fast.walk.graph import Graph, build_graph
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """The same modules in the same modes; parameters and buffers have shapes and dtypes only. Hooks are left out."""
-    memo: dict[int, object] = {id(t): _without_numbers(t) for t in itertools.chain(model.parameters(), model.buffers())}
-    plain = copy.deepcopy(model, memo)
-    for module in plain.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-    return plain
-
-
-def _without_numbers(tensor: Tensor) -> Tensor:
-    bare = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+from rconv_fast.wrappers import meta_copy
 
 
 def checked_shape(function: str, model: nn.Module, input_shape: Sequence[int]) -> tuple[int, ...]:

@@ -299,6 +299,8 @@ def _sum_rule(name: str, call: Call, kwargs: Mapping[str, Any]) -> Rule:
 def _affine_rule(name: str, call: Call) -> Rule:
     """Arithmetic of one tensor with numbers: ``scale x + shift``, found by evaluating it at 0, 1/2 and 1."""
     (x,) = call.operands
+    if x.is_meta:  # no values to evaluate: taken as affine
+        return AffineRule(name, torch.ones_like(x[:1]), torch.zeros_like(x[:1]))
     shift, half, one = (call.forward(torch.full_like(x, value))[:1] for value in (0.0, 0.5, 1.0))
     if not bool(torch.isfinite(shift).all()) or not torch.allclose(half, (shift + one) / 2):
         return UnsupportedRule(name, f"{name}, which is not affine here")

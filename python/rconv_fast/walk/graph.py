@@ -128,6 +128,11 @@ class _Tracer(fx.Tracer):
         )
 
 
+def trace(model: nn.Module) -> fx.Graph:
+    """The model's calls in the order it makes them, down to torch's own layers."""
+    return _Tracer().trace(model)
+
+
 def build_graph(
     model: nn.Module,
     gradients: Mapping[str, Tensor],
@@ -143,7 +148,7 @@ def build_graph(
         Where the model cannot be traced, or does not accept the input shape.
     """
     try:
-        traced = _Tracer().trace(model)
+        traced = trace(model)
     except Exception as error:  # whatever the model's own code raises under tracing
         reason = f"control flow that torch.fx cannot trace ({_first_line(error)})"
         raise UnsupportedModelError(type(model).__name__, reason) from error

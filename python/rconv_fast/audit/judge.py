@@ -1,0 +1,251 @@
+"""The verdict on a model: the count of equations, corrected by what a probe shows."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from rconv_fast.audit.advice import advise
+from rconv_fast.audit.attempt import CHEAP, Attempt, attempt
+from rconv_fast.audit.noise import predict
+from rconv_fast.audit.probe import make_probe, measure
+from rconv_fast.audit.rank import LayerRank, Measured, count_layers
+from rconv_fast.audit.report import AuditReport
+from rconv_fast.audit.structure import checked_shape, read_structure
+from rconv_fast.audit.weights import describe_weights
+from rconv_fast.errors import UnsupportedModelError, require, require_type
+from rconv_fast.losses import Loss
+from rconv_fast.observation import Noise
+from rconv_fast.report.payload import digest, environment
+from rconv_fast.walk.graph import Graph
+from rconv_fast.wrappers import unwrap
+
+# No batch larger than this is counted.
+LARGEST_BATCH = 1024
+
+ASSUMED = (
+    "the model's parameters and mode are those the client used; the gradients are of one step on one batch",
+    "who sees the gradients is honest but curious: no parameter was chosen to leak more",
+    "recovery is exact and analytic; what a picture prior or an optimiser would guess beyond it is not judged",
+)
+
+
+def audit(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    *,
+    batch_size: int = 1,
+    loss: str = "cross_entropy",
+    noise: float | Noise = 0.0,
+    probe: Tensor | tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+    run: bool | None = None,
+    advice: bool = True,
+) -> AuditReport:
+    r"""Say what the gradients of a model would give away, without any private data.
+
+    The equations of every layer are counted (`rank_analysis`), with the share of dead units that a made-up batch
+    shows; where that is cheap, the whole recovery is run on that batch, and decides.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With the parameters and in the mode that a client would use. It is left untouched.
+    input_shape : sequence of int
+        Shape of one sample, without the batch.
+    batch_size : int
+        Samples behind one shared gradient.
+    loss : str
+        As in `invert`.
+    noise : float or mapping of str to float or Tensor
+        Standard deviation of what is added to the gradients: relative to each one's root mean square, or by name.
+    probe : Tensor or (Tensor, Tensor), optional
+        A batch (batch_size, \*input_shape) like the client's, its targets perhaps; made up from `seed` if not given.
+    seed : int
+        Of the made-up batch.
+    run : bool, optional
+        Whether to run the recovery on the probe; by default where it takes about a second.
+    advice : bool
+        Whether to look for the smallest changes that break a recovery.
+
+    Returns
+    -------
+    AuditReport
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        For a wrong argument, or an input shape that the model refuses.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).double()
+    >>> report = audit(net, (1, 8, 8))
+    >>> report.verdict, report.max_batch_size
+    ('exact', 8)
+    """
+    start = time.perf_counter()
+    shape = checked_shape("audit", model, input_shape)
+    require_type(isinstance(batch_size, int), "audit", "batch_size", "be an int", repr(batch_size))
+    require(batch_size >= 1, "audit", "batch_size", "be at least 1", batch_size)
+    model, objective = unwrap(model), Loss(loss)
+    subject = _Subject(model, shape, batch_size, objective)
+    try:
+        graph = read_structure(model, shape)
+    except UnsupportedModelError as error:
+        finding = Finding("not covered", f"{error.module}: {error.reason}", error.module)
+        return subject.report(finding, [], 0, noise)
+    batch = make_probe(graph, next(model.parameters()), shape, batch_size, objective, probe, seed)
+    measured = measure(model, graph, batch, objective)
+    layers = count_layers(graph, batch_size, measured, loss)
+    finding = judge(layers)
+    if run or (run is None and finding.open and sum(layer.unknowns for layer in layers) <= CHEAP):
+        finding = finding.corrected(attempt(model, batch, shape, objective))
+        if probe is None and _is_close(finding, layers):
+            other = make_probe(graph, next(model.parameters()), shape, batch_size, objective, None, seed + 1)
+            finding = finding.seconded(attempt(model, other, shape, objective))
+    largest = _largest_batch(graph, measured, loss, finding, batch_size)
+    predicted = predict(model, objective, batch, noise, finding.verdict, finding.determined)
+    found = []
+    if advice and finding.verdict in ("exact", "partial"):
+        at = None
+        if isinstance(noise, int | float) and noise > 0 and predicted.psnr is not None:
+            at = (noise, predicted.psnr)
+        found = advise(model, shape, layers, batch_size, largest, loss, at)
+    report = subject.report(finding, layers, largest, noise)
+    probed = f"dead units and the verdict are those of one batch ({batch.source})"
+    return replace(
+        report,
+        predicted_psnr=predicted.psnr,
+        leak_map=predicted.leak_map,
+        advice=found,
+        assumptions=[*report.assumptions, probed, *finding.notes, *predicted.notes],
+        seconds=time.perf_counter() - start,
+    )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict with its reason and the layer at which the recursion stops; `open`: whether a run may correct it."""
+
+    verdict: str
+    reason: str
+    stops_at: str | None = None
+    open: bool = True
+    tried: str = ""
+    notes: tuple[str, ...] = ()
+    determined: Tensor | None = None
+
+    def corrected(self, tried: Attempt) -> Finding:
+        """What the recovery itself says is right, where it came to an end."""
+        if not tried.conclusive:
+            note = f"invert did not end within its time on the probe ({tried.summary}); the verdict is the count's"
+            return replace(self, tried=tried.summary, notes=(note,))
+        fixed = tried.determined
+        less = self.verdict != "exact" and _RANKS[tried.verdict] <= _RANKS[self.verdict]
+        if less or tried.verdict == self.verdict:
+            return replace(self, tried=tried.summary, determined=fixed)
+        counted = f"by its count of equations the verdict is {self.verdict!r}; invert on the probe decides"
+        return Finding(tried.verdict, tried.reason, tried.stops_at, False, tried.summary, (counted,), fixed)
+
+    def seconded(self, tried: Attempt) -> Finding:
+        """A second probe: where one of two was recovered, that is what there is to say."""
+        both = {self.verdict, tried.verdict}
+        if not tried.conclusive or "exact" not in both or len(both) == 1:
+            return self
+        reason = "one made-up batch was recovered whole and another was not: it depends on the batch"
+        return replace(self, verdict="partial", reason=reason, stops_at=self.stops_at or tried.stops_at)
+
+
+# How much each verdict says: a run that finds less than the count allows refutes only "exact".
+_RANKS = {"none found": 0, "features only": 1, "not covered": 1, "partial": 2, "exact": 3}
+# What x >= 0 behind a ReLU says cannot make up for more missing equations than this share of the unknowns.
+_NONNEGATIVE = 0.75
+# With fewer equations than this share more than needed, dead units of one batch more than of another decide.
+_TO_SPARE = 1.25
+
+
+def _is_close(finding: Finding, layers: Sequence[LayerRank]) -> bool:
+    """Whether a run was made, and another batch may come out otherwise."""
+    scarce = any(layer.equations < _TO_SPARE * layer.unknowns for layer in layers)
+    refuted = any("by its count" in note for note in finding.notes)
+    return bool(finding.tried) and (refuted or (finding.verdict == "exact" and scarce))
+
+
+def judge(layers: Sequence[LayerRank]) -> Finding:
+    """The verdict by the counts alone: the first layer from behind at which the recursion stops."""
+    for layer in reversed(layers):
+        if not layer.stops:
+            continue
+        reason, counted = f"{layer.name}: {layer.reason}", layer.unknowns > 0
+        if not layer.covered:
+            return Finding("not covered", reason, layer.name)
+        if layer is layers[-1] and counted:
+            return Finding("none found", reason, layer.name)
+        if layer is layers[0] and counted:
+            unread_only = layer.rank_bound == layer.unknowns - layer.unreached
+            return Finding("partial", reason, layer.name, open=unread_only)
+        return Finding(
+            "features only", reason, layer.name, not counted or layer.rank_bound > _NONNEGATIVE * layer.unknowns
+        )
+    return Finding("exact", "every layer has at least as many independent equations as unknowns")
+
+
+def _largest_batch(graph: Graph, measured: Measured, loss: str, finding: Finding, batch_size: int) -> int:
+    """The largest batch whose every layer is determined, in agreement with the verdict for `batch_size`."""
+
+    def whole(batch: int) -> bool:
+        return judge(count_layers(graph, batch, measured, loss)).verdict == "exact"
+
+    low, high = 0, 1
+    while high <= LARGEST_BATCH and whole(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if whole(middle) else (low, middle)
+    return max(low, batch_size) if finding.verdict == "exact" else min(low, batch_size - 1)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The model under audit, for the report."""
+
+    model: nn.Module
+    input_shape: tuple[int, ...]
+    batch_size: int
+    loss: Loss
+
+    def report(self, finding: Finding, layers: list[LayerRank], largest: int, noise: float | Noise) -> AuditReport:
+        """What is known so far."""
+        weights = describe_weights(self.model)
+        mode = "training" if self.model.training else "evaluation"
+        return AuditReport(
+            finding.verdict,
+            finding.reason,
+            largest,
+            finding.stops_at,
+            layers,
+            predicted_psnr=None,
+            leak_map=None,
+            advice=[],
+            assumptions=[*ASSUMED, f"the weights are those given ({weights}), the model is in {mode} mode"],
+            batch_size=self.batch_size,
+            noise=noise if isinstance(noise, int | float) else math.nan,
+            weights=weights,
+            tried=finding.tried,
+            model={
+                "name": type(self.model).__name__,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "input_shape": list(self.input_shape),
+                "loss": self.loss.name,
+                "mode": mode,
+                "state_sha256": digest(self.model.state_dict()),
+            },
+            versions=environment(),
+        )

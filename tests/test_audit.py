@@ -1,0 +1,228 @@
+"""Verdicts: in agreement with what `invert` does, and never "safe" where nothing is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from html import escape
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from attacks import gradients_of, photo
+from networks import Drawn, draw
+from rconv_fast import RconvError, invert
+from rconv_fast.audit import AuditReport, audit
+from rconv_fast.audit.leak_map import leak_picture
+from rconv_fast.audit.weights import describe_weights
+from rconv_fast.models import cnn3, lenet_o
+
+
+def recovered(drawn: Drawn, seed: int) -> bool:
+    """Whether `invert` recovers a photo the audit never saw."""
+    channels, *size = drawn.input_shape
+    x = photo((size[0], size[1]), drawn.batch_size, channels)
+    labels = torch.randint(drawn.classes, (drawn.batch_size,), generator=torch.Generator().manual_seed(seed))
+    try:
+        found = invert(drawn.model, gradients_of(drawn.model, x, labels), drawn.input_shape)
+    except RconvError:
+        return False
+    return found.verified
+
+
+# Networks of the grammar that `invert` is done with in a second or so.
+@pytest.mark.parametrize("seed", [1, 2, 3, 5, 8, 12, 14, 17, 21, 22, 28, 33, 35, 47, 52, 56])
+def test_verdict_is_what_invert_does(seed: int) -> None:
+    drawn = draw(seed)
+    report = audit(drawn.model, drawn.input_shape, batch_size=drawn.batch_size, advice=False)
+    assert (report.verdict == "exact") == recovered(drawn, seed), f"{drawn}\n{report.summary()}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60, 120))
+def test_verdict_is_what_invert_does_on_many_networks(seed: int) -> None:
+    test_verdict_is_what_invert_does(seed)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 14, 21, 28, 33, 35, 47, 52, 56])
+def test_count_alone_never_says_exact_where_invert_fails(seed: int) -> None:
+    drawn = draw(seed)
+    counted = audit(drawn.model, drawn.input_shape, batch_size=drawn.batch_size, run=False, advice=False)
+    assert counted.verdict != "exact" or recovered(drawn, seed), f"{drawn}\n{counted.summary()}"
+
+
+def narrow() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 12, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(12, 12, 3, 1, 1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 16, 12)).double()
+
+
+def test_largest_batch_is_recovered_and_the_next_is_not() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 3, 5, 2, 2), nn.LeakyReLU(0.2), nn.Conv2d(3, 12, 3, 1, 1), nn.LeakyReLU(0.2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 16, 20)).double()
+    report = audit(model, (1, 8, 8), advice=False)
+    assert report.max_batch_size == 4  # 3 filters: 48 B values and 75 gradient constraints for 64 B unknowns
+    for batch, whole in ((4, True), (5, False)):
+        x = photo(8, batch, 1)
+        assert invert(model, gradients_of(model, x), (1, 8, 8), batch_size=batch).verified == whole, batch
+
+
+def test_advice_breaks_the_recovery() -> None:
+    report = audit(narrow(), (1, 8, 8))
+    assert {advice.change for advice in report.advice} >= {"filters", "batch_size"}
+    advice = next(a for a in report.advice if a.change == "filters" and a.layer == "0")
+    torch.manual_seed(0)
+    fewer = int(advice.after)
+    layers = [nn.Conv2d(1, fewer, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(fewer, 12, 3, 1, 1), nn.LeakyReLU(0.2)]
+    changed = nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 16, 12)).double()
+    assert audit(changed, (1, 8, 8)).verdict != "exact"
+    assert sum(p.numel() for p in changed.parameters()) - sum(p.numel() for p in narrow().parameters()) == (
+        advice.parameters
+    )
+
+
+def test_noise_makes_the_prediction_finite_and_the_map_of_the_inputs_shape() -> None:
+    model = narrow()
+    quiet, loud = (audit(model, (1, 8, 8), noise=noise) for noise in (1e-6, 1e-4))
+    assert quiet.predicted_psnr is not None
+    assert loud.predicted_psnr is not None
+    assert quiet.predicted_psnr - loud.predicted_psnr == pytest.approx(40, abs=0.1)
+    assert loud.leak_map is not None
+    assert loud.leak_map.shape == (1, 8, 8)
+    mean_square = float(loud.leak_map.double().square().mean())
+    assert -10 * math.log10(mean_square) == pytest.approx(loud.predicted_psnr, abs=1e-6)
+    assert any(advice.change == "noise" and advice.after > 1e-4 for advice in loud.advice)
+
+
+def test_without_noise_an_exact_verdict_has_no_error() -> None:
+    report = audit(narrow(), (1, 8, 8))
+    assert report.predicted_psnr == math.inf
+    assert report.leak_map is not None
+    assert not report.leak_map.any()
+
+
+def test_layer_without_a_method_is_not_covered() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.LayerNorm([6, 6]), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    report = audit(model, (1, 8, 8))
+    assert report.verdict == "not covered"
+    assert report.stops_at == "1"
+    assert "safe" not in report.verdict
+
+
+class Branching(nn.Module):
+    """Control flow on values, which cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x if bool(x.sum() > 0) else -x)
+
+
+def test_model_that_cannot_be_read_is_not_covered() -> None:
+    assert audit(Branching(), (4,)).verdict == "not covered"
+
+
+def test_more_samples_than_the_head_separates() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
+    assert audit(model, (1, 8, 8)).max_batch_size == 8
+    assert audit(model, (1, 8, 8), batch_size=9, run=False).verdict == "none found"
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = narrow()
+    model[0].register_forward_hook(lambda *_: pytest.fail("a hook of the caller ran"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    audit(model, (1, 8, 8), noise=1e-3)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert torch.equal(random_state, torch.get_rng_state())
+
+
+def test_weights_are_told_apart() -> None:
+    assert describe_weights(cnn3()) == "untrained"
+    assert describe_weights(lenet_o()) == "random"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.rand(8, 64)), torch.arange(8)).backward()
+        optimizer.step()
+    assert describe_weights(model) == "trained"
+
+
+@pytest.fixture(scope="module")
+def report() -> AuditReport:
+    return audit(narrow(), (1, 8, 8), noise=1e-4)
+
+
+def test_json_is_strict_and_names_its_schema(report: AuditReport, tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = report.to_json(tmp_path / "report.json")
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert read == json.loads(text)
+    assert read["schema"] == "rconv_fast.audit/1"
+    assert read["verdict"] == report.verdict
+    assert [layer["name"] for layer in read["layers"]] == [layer.name for layer in report.layers]
+    assert len(read["model"]["state_sha256"]) == 64
+    assert read["assumptions"]
+
+
+def test_text_says_verdict_layers_advice_and_assumptions(report: AuditReport) -> None:
+    for text in (report.summary(), report.to_markdown()):
+        assert report.verdict in text
+        assert all(layer.name in text for layer in report.layers)
+        assert all(advice.sentence in text for advice in report.advice)
+        assert all(assumption in text for assumption in report.assumptions)
+    rows = [line for line in report.to_markdown().splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_page_is_self_contained_and_shows_the_map(report: AuditReport, tmp_path: Path) -> None:
+    report.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64" in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert all(escape(advice.sentence) in page for advice in report.advice)
+    assert report.model["state_sha256"] in page
+
+
+def test_picture_is_red_where_values_are_known_and_grey_where_they_are_open() -> None:
+    leak = torch.ones(3, 2, 2)
+    leak[:, 0, 0], leak[0, 1, 1] = 0, math.inf
+    pixels = leak_picture(leak)
+    assert pixels is not None
+    known, unknown, opened = pixels[0, 0].tolist(), pixels[0, -1].tolist(), pixels[-1, -1].tolist()
+    assert known[0] > 2 * known[1]
+    assert min(unknown) > 220
+    assert len(set(opened)) == 1
+    assert leak_picture(torch.ones(5)) is None
+
+
+def test_map_of_a_partial_leak_is_open_where_no_output_reads() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 64, 3, 2), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(64 * 9, 10)).double()
+    report = audit(model, (1, 8, 8), advice=False)
+    assert report.verdict == "partial"
+    assert report.leak_map is not None
+    assert report.leak_map[0, :7, :7].eq(0).all()
+    assert report.leak_map[0, 7].isinf().all()
+    assert report.leak_map[0, :, 7].isinf().all()
+
+
+def test_arguments_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match="audit: batch_size must be at least 1, got 0"):
+        audit(narrow(), (1, 8, 8), batch_size=0)
+    with pytest.raises(ValueError, match=r"audit: probe must have shape \(1, 1, 8, 8\)"):
+        audit(narrow(), (1, 8, 8), probe=torch.rand(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="loss must be one of"):
+        audit(narrow(), (1, 8, 8), loss="hinge")
