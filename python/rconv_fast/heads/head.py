@@ -112,8 +112,9 @@ class Head:
             sigma = (sigma[0], sigma[0].double().square().mean().sqrt())
         if sigma is not None:
             share = float(_rms(sigma[0].double()) / _rms(dw))
-            rounding = max(rounding, min(share, _ROUNDING_LIKE))
-            if share > _ROUNDING_LIKE:
+            if share <= _ROUNDING_LIKE:
+                rounding = max(rounding, share)
+            else:
                 sigma_weight = sigma[0].double().expand_as(dw)
                 sigma_bias = None if grad_bias is None or sigma[1] is None else sigma[1].double().expand_as(grad_bias)
         return cls(

@@ -12,8 +12,8 @@ from rconv_fast.losses import Loss
 
 # Repetitions tried of the sample of the least weight.
 _REPEATS = 8
-# A sample that leaves no trace: at most so many of them beside one that does.
-_INVISIBLE = 64
+# At most so many samples of a batch leave no trace in its gradient.
+_SILENT = 64
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,22 @@ def count_occurrences(
         if size > m and batch_size is None:
             doubt = f"read as {size} samples of which some are repeated, which batch_size={size} would confirm"
         return Occurrences(times, size, implied if scale is None else scale, doubt)
-    ones = torch.ones(m, dtype=torch.int64, device=shares.device)
-    if scale is not None and loss.reduction == "mean" and loss.class_weights is None:
-        size = round(scale / float(shares.mean()))
-        equal = bool(((shares * size / scale - 1).abs() <= tolerance).all())
-        if equal and m < size <= m + _INVISIBLE and batch_size in (None, size):
-            return Occurrences(ones, size, scale, f"{size - m} of {size} samples leave no trace in the gradient")
-    listed = ", ".join(f"{w:.4g}" for w in (shares / shares.sum()).tolist()[:8])
-    doubt = f"the samples stand in the gradient with unequal weights ({listed}): class weights, or several clients"
-    if batch_size is not None and batch_size < m:
-        doubt = f"the gradient holds {m} samples, not {batch_size}"
-    return Occurrences(ones, batch_size if batch_size is not None else m, 1.0 if scale is None else scale, doubt)
+    once = torch.ones(m, dtype=torch.int64, device=shares.device)
+    stated = 1.0 if scale is None else scale
+    equal = bool((shares / shares.mean() - 1).abs().max() <= tolerance)
+    if not equal:
+        listed = ", ".join(f"{w:.4g}" for w in (shares / shares.sum()).tolist()[:8])
+        doubt = f"the samples stand in the gradient with unequal weights ({listed}): class weights, or several clients"
+        return Occurrences(once, batch_size or m, stated, doubt)
+    implied = float(shares.mean()) * loss.total_weight(labels, n_classes)
+    if abs(implied / stated - 1) <= tolerance:
+        return Occurrences(once, m, stated, f"the gradient holds {m} samples, not {batch_size}")
+    size = round(m * stated / implied)
+    silent = loss.reduction == "mean" and loss.class_weights is None and m < size <= m + _SILENT
+    if silent and abs(size * implied / (m * stated) - 1) <= tolerance and batch_size in (None, size):
+        return Occurrences(once, size, stated, f"{size - m} of {size} samples leave no trace in the gradient")
+    doubt = f"the gradient is {implied / stated:.6g} times what this loss gives for {m} samples: pass scale=None"
+    return Occurrences(once, m, implied, doubt)
 
 
 def _repetitions(shares: Tensor, tolerance: float) -> Iterator[Tensor]:

@@ -162,54 +162,107 @@ class _State(State):
 
 
 @dataclass(frozen=True)
-class _RootProblems:
-    """One sample's equations for each (label, weight): ``[(I - U U^T) d, scale (w p^T q - 1)]``."""
+class Slack:
+    """The entry of the label as an unknown of its own: ``delta = w (softmax - e_y + eta e_y)``.
+
+    A client's softmax is rounded relatively; where it is nearly 1 at the label, nothing but rounding is left there
+    after the subtraction. With ``v`` the unit vector along ``(I - U U^T) e_y``, ``eta = -(v^T d) / (v^T e_y)``.
+
+    Attributes
+    ----------
+    v : Tensor, shape (m, n)
+        That vector, for each problem's label.
+    gain : Tensor, shape (m, r)
+        ``U^T e_y / (v^T e_y)``.
+    """
+
+    v: Tensor
+    gain: Tensor
+
+    @classmethod
+    def of(cls, u: Tensor, labels: Tensor) -> Slack:
+        """Of an orthonormal basis u (n, r) and labels (m,)."""
+        inside = u[labels]
+        v = -inside @ u.mT
+        v.scatter_add_(1, labels[:, None], torch.ones_like(v[:, :1]))
+        length = v.norm(dim=1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)  # v^T e_y as well
+        return cls(v / length, inside / length)
+
+    def take(self, index: Tensor) -> Slack:
+        """Of the problems at `index`."""
+        return Slack(self.v[index], self.gain[index])
+
+
+@dataclass(frozen=True)
+class RootProblems:
+    """One sample's equations for many labels: ``[(I - U U^T) d, scale (w p^T q - 1)]``.
+
+    Attributes
+    ----------
+    system : RootSystem
+        The equations.
+    target : Tensor, shape (m, n)
+        Label distribution of each problem.
+    weight : Tensor, shape (m,)
+        Weight w of the sample in the gradient.
+    scale : Tensor, shape (m,)
+        Factor of the equation ``w p^T q = 1`` beside the others: 0 leaves it out (the weight is unknown).
+    slack : Slack or None
+        Where the entry of the label is not to be trusted.
+    """
 
     system: RootSystem
     target: Tensor
     weight: Tensor
     scale: Tensor
+    slack: Slack | None = None
+
+    def take(self, index: Tensor) -> RootProblems:
+        """The problems at `index`."""
+        slack = None if self.slack is None else self.slack.take(index)
+        return RootProblems(self.system, self.target[index], self.weight[index], self.scale[index], slack)
 
     def evaluate(self, z: Tensor) -> _State:
         """Residuals at z."""
-        system = self.system
+        system, slack = self.system, self.slack
         softmax = torch.softmax(system.base + z @ system.g.mT, 1)
         d = softmax - self.target
         q = d @ system.u
+        off_span = d - q @ system.u.mT
+        if slack is not None:
+            along = (d * slack.v).sum(1, keepdim=True)
+            off_span = off_span - along * slack.v
+            q = q - along * slack.gain
         p = system.p0 + z @ system.t.mT
         pairing = self.scale * (self.weight * (p * q).sum(1) - 1)
-        residual = torch.cat([d - q @ system.u.mT, pairing[:, None]], 1)
+        residual = torch.cat([off_span, pairing[:, None]], 1)
         return _State(z, residual.square().sum(1), softmax, d, q, p, residual)
 
     def step(self, state: _State, damping: Tensor) -> Tensor:
         """Solve ``(J^T J + lambda I) dz = -J^T r``."""
         n = self.system.u.shape[0]
-        normal, jacobian, row = _normal_matrix(self.system, state.softmax, state.p, state.q, self.weight, self.scale)
+        normal, jacobian, row = self.normal_matrix(state.softmax, state.p, state.q)
         slope = (state.residual[:, None, :n] @ jacobian)[:, 0] + row * state.residual[:, n:]
         return damped_step(normal, slope, damping)
 
-    def take(self, index: Tensor) -> _RootProblems:
-        """The problems at `index`."""
-        return _RootProblems(self.system, self.target[index], self.weight[index], self.scale[index])
+    def normal_matrix(self, softmax: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``J^T J`` of all equations, the Jacobian of the softmax, and the pairing equation's row of J."""
+        # d softmax = (diag(s) - s s^T) G dz = J dz; J^T (I - UU^T) J = J^T J - (U^T J)^T (U^T J). The difference only
+        # steers the step: the right-hand side uses the projected residual itself.
+        system, slack = self.system, self.slack
+        jacobian = softmax[:, :, None] * system.g
+        jacobian.baddbmm_(softmax[:, :, None], (softmax @ system.g)[:, None, :], alpha=-1)
+        inside = system.u.mT @ jacobian
+        normal = jacobian.mT @ jacobian - inside.mT @ inside
+        if slack is not None:
+            along = slack.v[:, None, :] @ jacobian
+            normal = normal - along.mT @ along
+            inside = inside - slack.gain[:, :, None] * along
+        row = (self.scale * self.weight)[:, None] * (q @ system.t + (p[:, None, :] @ inside)[:, 0])
+        return normal + row[:, :, None] * row[:, None, :], jacobian, row
 
 
-def _normal_matrix(
-    system: RootSystem, softmax: Tensor, p: Tensor, q: Tensor, weight: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``J^T J`` of all equations, the Jacobian of the softmax, and the pairing equation's row of J."""
-    # d softmax = (diag(s) - s s^T) G dz = J dz; J^T (I - UU^T) J = J^T J - (U^T J)^T (U^T J). The difference only
-    # steers the step: the right-hand side uses the projected residual itself.
-    jacobian = softmax[:, :, None] * system.g
-    jacobian.baddbmm_(softmax[:, :, None], (softmax @ system.g)[:, None, :], alpha=-1)
-    inside = system.u.mT @ jacobian
-    row = (scale * weight)[:, None] * (q @ system.t + (p[:, None, :] @ inside)[:, 0])
-    normal = jacobian.mT @ jacobian - inside.mT @ inside + row[:, :, None] * row[:, None, :]
-    return normal, jacobian, row
-
-
-def root_spread(
-    factors: HeadFactors, system: RootSystem, roots: Roots, target: Tensor, weight: Tensor, scale: Tensor
-) -> Tensor:
+def root_spread(factors: HeadFactors, problems: RootProblems, roots: Roots) -> Tensor:
     """How far a sample moves when its equations move: relative ``|dx| / |x|`` for residual noise of norm 1.
 
     ``dz = J^+ e`` with e spread evenly over the ``n - 1 - r`` directions, ``dx = V S T dz``:
@@ -217,19 +270,21 @@ def root_spread(
 
     Parameters
     ----------
-    factors, system, roots, target, weight, scale
-        As in :func:`solve_roots`, at its result.
+    factors : HeadFactors
+        Of the whole gradient.
+    problems, roots
+        As given to and got from :func:`solve_roots`.
 
     Returns
     -------
     Tensor, shape (m,)
         Infinite where the equations do not determine the sample.
     """
-    softmax = target + roots.d
-    normal, _, _ = _normal_matrix(system, softmax, roots.p, roots.q / weight[:, None], weight, scale)
+    softmax = problems.target + roots.d
+    normal, _, _ = problems.normal_matrix(softmax, roots.p, roots.q / problems.weight[:, None])
     if normal.shape[-1] == 0:  # one sample and a bias: p is fixed by t^T p = kappa
-        return torch.zeros_like(weight)
-    move = factors.s[:, None] * system.t
+        return torch.zeros_like(problems.weight)
+    move = factors.s[:, None] * problems.system.t
     values, vectors = torch.linalg.eigh(normal)
     # a direction without any equation counts as badly determined, not as absent
     values = torch.maximum(values, torch.finfo(values.dtype).eps * values[:, -1:]).clamp_min(1e-300)
@@ -240,31 +295,22 @@ def root_spread(
 
 
 def solve_roots(
-    system: RootSystem,
-    target: Tensor,
-    weight: Tensor,
+    problems: RootProblems,
     start: Tensor,
     *,
-    scale: Tensor,
     budget: Budget,
     iterations: int = 60,
     tolerance: float = 1e-15,
     damping: float = 1e-2,
 ) -> Roots:
-    """Run Levenberg-Marquardt on every (target, start) pair at once.
+    """Run Levenberg-Marquardt on every (label, start) pair at once.
 
     Parameters
     ----------
-    system : RootSystem
-        The equations.
-    target : Tensor, shape (m, n)
-        Label distribution of each problem.
-    weight : Tensor, shape (m,)
-        Weight w of the sample in the loss.
+    problems : RootProblems
+        The equations of m pairs.
     start : Tensor, shape (m, k)
         First guess of z.
-    scale : Tensor, shape (m,)
-        Factor of the equation ``w p^T q = 1`` beside the others: 0 leaves it out (the weight is unknown).
     budget, iterations, tolerance, damping
         As in :func:`~rconv_fast.heads.levenberg_marquardt.minimise`.
 
@@ -277,25 +323,23 @@ def solve_roots(
     -----
     Work per iteration and problem: ``O(n r^2)``. Large batches run in chunks of at most 256 MiB.
     """
+    system = problems.system
     m, n, k = start.shape[0], system.u.shape[0], system.g.shape[1]
     chunk = max(1, _CHUNK_BYTES // (8 * n * max(k, 1) * 2))
-    problems = _RootProblems(system, target, weight, scale)
-    pieces = torch.arange(m, device=start.device).split(chunk)
     z = torch.cat(
         [
             minimise(
                 problems.take(i), start[i], iterations=iterations, tolerance=tolerance, budget=budget, damping=damping
             )
-            for i in pieces
+            for i in torch.arange(m, device=start.device).split(chunk)
         ]
     )
     final = problems.evaluate(z)
-    off_span = final.d - final.q @ system.u.mT
     return Roots(
         p=final.p,
-        q=weight[:, None] * final.q,
-        off_span=off_span.norm(dim=1) / final.d.norm(dim=1),
-        pairing=weight * (final.p * final.q).sum(1),
+        q=problems.weight[:, None] * final.q,
+        off_span=final.residual[:, :n].norm(dim=1) / final.d.norm(dim=1),
+        pairing=problems.weight * (final.p * final.q).sum(1),
         d=final.d,
         logit_range=(system.base + z @ system.g.mT).abs().amax(1),
     )

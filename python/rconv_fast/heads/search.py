@@ -13,7 +13,7 @@ from torch import Tensor
 from rconv_fast.heads.counts import estimated_counts, label_rows, lower_counts
 from rconv_fast.heads.head import Head
 from rconv_fast.heads.joint import MAX_UNKNOWNS, JointSolution, solve_joint
-from rconv_fast.heads.roots import HeadFactors, Roots, RootSystem, root_spread, solve_roots
+from rconv_fast.heads.roots import HeadFactors, RootProblems, Roots, RootSystem, Slack, root_spread, solve_roots
 
 # A residual is accepted up to this factor above what rounding explains, whose size is only estimated, and up to this
 # many standard deviations of a noise that was stated.
@@ -32,6 +32,8 @@ _ACCURACY_IN_ROUNDINGS = 4e7
 _ACCURACY_LIMIT = 3e-4
 # With noise of known size the error is reported, and this is where it leaves nothing of the sample.
 _NOISY_ACCURACY_LIMIT = 0.3
+# With gradients rounded more coarsely, the softmax's entry of the label is not trusted.
+_ROUGH = 1e-10
 # The search gives up after so many widening rounds without a new sample.
 _IDLE_ROUNDS = 3
 # The joint solve: problems at once, and the bound of problems * B^6; label counts tried.
@@ -162,24 +164,28 @@ def certificate_limit(spare: int) -> float:
     return float(min(_CERTIFICATE_LIMIT, _CHANCE ** (1 / max(spare, 1))))
 
 
-def _limits(problem: HeadProblem, factors: HeadFactors, roots: Roots) -> tuple[Tensor, Tensor]:
+def _limits(
+    problem: HeadProblem, factors: HeadFactors, roots: Roots, slack: Slack | None = None
+) -> tuple[Tensor, Tensor]:
     """What the noise explains of ``off_span`` and of ``pairing - 1``, to first order.
 
     With ``dW + E``: ``|(I - UU^T) delta| <= |E| |S^-1 q|`` and ``|q^T p - 1| <= |E| |p| |S^-1 q|``; and the
-    softmax itself is rounded: ``eps (1 + |logits|) / |d|``.
+    softmax itself is rounded: ``eps (1 + |logits|) / |d|``, or without the label's entry relative to itself.
     """
     amplified = (roots.q / factors.s).norm(dim=1)
-    rounded = problem.head.rounding * (1 + roots.logit_range) / roots.size
+    rounded = problem.head.rounding * (1 + roots.logit_range)
+    if slack is None:
+        rounded = rounded / roots.size
     off_span = problem.safety * (problem.noise * amplified / roots.q.norm(dim=1) + rounded)
     pairing = problem.safety * (problem.noise * amplified * roots.p.norm(dim=1) + rounded)
     return off_span, pairing
 
 
 def _certified(
-    problem: HeadProblem, factors: HeadFactors, roots: Roots, paired: bool, spare: int
+    problem: HeadProblem, factors: HeadFactors, roots: Roots, paired: bool, spare: int, slack: Slack | None = None
 ) -> tuple[Tensor, Tensor]:
     """Which roots are samples, and their relative residuals."""
-    off_span, pairing = _limits(problem, factors, roots)
+    off_span, pairing = _limits(problem, factors, roots, slack)
     limit = certificate_limit(spare)
     good = (roots.off_span <= off_span) & (off_span <= limit)
     residual = roots.off_span
@@ -276,8 +282,8 @@ def _round(
     index = torch.arange(m, device=classes.device) % starts + (0 if first else 1)
     start = problem.normal(m, k) * spreads[index % len(spreads)][:, None]
     target, weight = problem.targets(tried)
-    scale = torch.full_like(weight, float(paired))
-    roots = solve_roots(system, target, weight, start, scale=scale, budget=problem.head.budget)
+    problems = RootProblems(system, target, weight, torch.full_like(weight, float(paired)))
+    roots = solve_roots(problems, start, budget=problem.head.budget)
     near = roots.off_span <= _CANDIDATE
     if paired:
         near &= (roots.pairing - 1).abs() <= _CANDIDATE
@@ -297,21 +303,22 @@ def _refined(problem: HeadProblem, x: Tensor, labels: Tensor, paired: bool) -> F
     factors, system = problem.factors, problem.system
     target, weight = problem.targets(labels)
     start = (_centred_logits(factors, x @ factors.vh.mT / factors.s) - system.base) @ system.g
-    scale = torch.full_like(weight, float(paired))
+    excess = factors.excess - (not paired)
+    slack = None
+    if problem.head.rounding > _ROUGH and not problem.head.noisy and excess > _PROOF_EXCESS:
+        slack, excess = Slack.of(factors.u, labels), excess - 1
+    problems = RootProblems(system, target, weight, torch.full_like(weight, float(paired)), slack)
     for _ in range(2):  # the second time, the pairing equation counts as much as its noise allows
-        roots = solve_roots(
-            system, target, weight, start,
-            scale=scale, budget=problem.head.budget, iterations=40, tolerance=1e-16, damping=1e-6,
-        )  # fmt: skip
-        off_span, pairing = _limits(problem, factors, roots)
-        scale = float(paired) * (off_span * roots.size / pairing).clamp(max=1.0)
+        roots = solve_roots(problems, start, budget=problem.head.budget, iterations=40, tolerance=1e-16, damping=1e-6)
+        off_span, pairing = _limits(problem, factors, roots, slack)
+        problems = replace(problems, scale=float(paired) * (off_span * roots.size / pairing).clamp(max=1.0))
         start = (_centred_logits(factors, roots.p) - system.base) @ system.g
-    good, residual = _certified(problem, factors, roots, paired, factors.excess - (not paired))
+    good, residual = _certified(problem, factors, roots, paired, excess, slack)
     good &= roots.pairing > 0
     level = off_span / problem.safety * roots.size
     if not problem.unit_known:  # samples too well classified to be seen would make the weight smaller than 1/rank
-        scale = torch.zeros_like(scale)
-    accuracy = level * root_spread(factors, system, roots, target, weight, scale)
+        problems = replace(problems, scale=torch.zeros_like(weight))
+    accuracy = level * root_spread(factors, problems, roots)
     good &= accuracy <= problem.accuracy_limit
     return _collect(factors, roots, labels, residual, _distinct(roots, good, residual), weight, rescale=not paired)
 

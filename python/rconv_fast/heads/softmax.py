@@ -16,10 +16,11 @@ from rconv_fast.budget import Budget
 from rconv_fast.errors import require
 from rconv_fast.heads.head import Head, check_head
 from rconv_fast.heads.multiplicity import Occurrences, count_occurrences
+from rconv_fast.heads.refine import Refined, complete_limit, refine
 from rconv_fast.heads.roots import HeadFactors, RootSystem
 from rconv_fast.heads.search import Found, HeadProblem, search, truncated
 from rconv_fast.heads.separation import HeadSeparation
-from rconv_fast.heads.single import single_sample
+from rconv_fast.heads.single import noisy_single_sample, single_sample
 from rconv_fast.heads.spectrum import noise_in_spectrum, noisy_rank, numerical_rank
 from rconv_fast.losses import Loss
 
@@ -28,6 +29,7 @@ _PAIRING = 1e-8
 # Shares of repeated samples are whole multiples of each other this closely, and never less closely than that.
 _SHARE = 1e-6
 _COARSE_SHARE = 1e-2
+_NOISY_SHARE = 0.3
 # A search that has not ended by then will not end with success: the largest that do take three seconds.
 _SEARCH_SECONDS = 30.0
 
@@ -163,7 +165,8 @@ def separate(head: Head, batch_size: int | None, given: Tensor | None, seed: int
     if single is not None:
         return single
     for problem, note in _problems(head, expected, given, torch.Generator().manual_seed(seed)):
-        found = _assemble(problem, search(problem), note)
+        noisy = noisy_single_sample(problem.head, problem.factors, expected, given, note)
+        found = noisy or _assemble(problem, search(problem), note, expected)
         if len(found.inputs) == found.rank:
             break
     return found
@@ -180,13 +183,15 @@ def _problems(
         return [(_problem(head, factors, *rest), "")]
     rank = numerical_rank(factors.s, shape, head.rounding)
     problems = [(_problem(head, truncated(factors, rank), *rest, spectrum=factors.s), "")]
-    shown = noise_in_spectrum(factors.s, shape, rank) if rank >= head.n_classes - 1 else None
+    shown = None
+    if rank >= head.n_classes - 1:
+        shown = noise_in_spectrum(torch.linalg.svdvals(head.grad_weight), (shape[0], head.grad_weight.shape[1]), rank)
     if shown is not None and expected in (None, shown[0]):
         sigma = head.grad_weight.new_full((), shown[1])
-        noisy = replace(head, sigma_weight=sigma, sigma_bias=sigma / (factors.kappa or 1.0))
+        noisy = replace(head, sigma_weight=sigma, sigma_bias=sigma)
         share = float(sigma / head.grad_weight.square().mean().sqrt())
         note = f"the gradient carries noise of about {share:.0e} of its entries, which noise= should say"
-        problems.insert(0, (_problem(noisy, truncated(factors, shown[0]), *rest), note))
+        problems.insert(0, (_problem(noisy, truncated(_factors(noisy), shown[0]), *rest), note))
     return problems
 
 
@@ -206,7 +211,11 @@ def _problem(
         noise = sigma * n**0.5
     else:
         rank = factors.rank
-    rank = rank if expected is None else min(rank, expected)
+    if expected is not None and rank > expected:
+        if rank < n - 1:  # a gap: the gradient holds more samples than were stated
+            expected = given = None
+        else:
+            rank = expected
     if spectrum is not None:
         tail = float(spectrum[rank]) if rank < len(spectrum) else 0.0
         # the last singular value is 0 but for rounding (the columns of dW sum to zero): two measure the noise
@@ -250,44 +259,69 @@ def _factors(head: Head) -> HeadFactors:
     return HeadFactors(u, s, vh, weight, offset, kappa)
 
 
-def _assemble(problem: HeadProblem, found: Found, note: str) -> HeadSeparation:
+def _assemble(problem: HeadProblem, found: Found, note: str, expected: int | None) -> HeadSeparation:
     head, factors, m = problem.head, problem.factors, len(found)
-    x = found.x[:, : head.grad_weight.shape[1]]
+    x, delta = found.x[:, : head.grad_weight.shape[1]], found.delta
     # sum_b q_b p_b^T = I, or (the same for m = rank) q_a^T p_b = delta_ab
-    p, q = found.x @ factors.vh.mT / factors.s, found.delta @ factors.u
-    left = head.mismatch(x, found.delta)
-    pairing = float((q @ p.mT - torch.eye(m, dtype=p.dtype, device=p.device)).abs().amax()) if m else left
+    p, q = found.x @ factors.vh.mT / factors.s, delta @ factors.u
+    pairing = (q @ p.mT - torch.eye(m, dtype=p.dtype, device=p.device)).abs().amax() if m else torch.ones(())
     bound = min(max(_PAIRING, (problem.noise / float(factors.s[-1])) ** 0.5), 0.1)
-    counted = _occurrences(problem, found)
-    explained = m == problem.rank and pairing <= bound
-    reason = note or counted.doubt if explained else _reason(problem, found)
+    explained = m == problem.rank and (head.noisy or float(pairing) <= bound)
+    counted = _occurrences(problem, found, expected)
+    reason = (note or counted.doubt) if explained else _reason(problem, found)
+    scale, errors = counted.scale, None
+    if explained and not head.of_probabilities:
+        best = _refined(problem, found, counted)
+        errors = best.errors
+        if head.noisy:
+            x, delta, scale = best.x, best.delta, counted.scale * best.factor
+            reason = reason or best.misfit
+        if errors is not None and float(errors.max()) > complete_limit(head):
+            reason = reason or f"the equations leave a relative error of {float(errors.max()):.0e} in the features"
     return HeadSeparation(
         inputs=x,
         labels=found.labels,
-        grad_logits=found.delta,
+        grad_logits=delta,
         residuals=found.residuals,
         batch_size=counted.batch_size,
         multiplicities=counted.times,
         complete=not reason,
-        head_residual=left,
+        head_residual=head.mismatch(x, delta),
         rank=problem.rank,
         reason=reason,
         spare=problem.spare,
-        scale=counted.scale,
+        scale=scale,
+        errors=errors,
     )
 
 
-def _occurrences(problem: HeadProblem, found: Found) -> Occurrences:
+def _refined(problem: HeadProblem, found: Found, counted: Occurrences) -> Refined:
+    """The best fit under the stated noise, or the error that the rounding leaves."""
+    head = problem.head
+    target, v = head.loss.class_targets(found.labels, head.n_classes, torch.float64)
+    total = head.loss.total_weight(found.labels.repeat_interleave(counted.times), head.n_classes)
+    weight = v * counted.times * counted.scale / total
+    x = found.x[:, : head.grad_weight.shape[1]]
+    if head.sigma_weight is not None:
+        return refine(head, (head.sigma_weight, head.sigma_bias), x, target, weight)
+    level = x.new_tensor(problem.noise / max(x.shape) ** 0.5)
+    kappa = problem.factors.kappa
+    return refine(head, (level, None if kappa is None else level / kappa), x, target, weight, steps=0)
+
+
+def _occurrences(problem: HeadProblem, found: Found, expected: int | None) -> Occurrences:
     head = problem.head
     if len(found) == 0:
         scale = 1.0 if head.scale is None else head.scale
         none = torch.zeros(0, dtype=torch.int64, device=found.labels.device)
-        return Occurrences(none, problem.batch_size or problem.rank, scale)
+        return Occurrences(none, expected or problem.rank, scale)
     shares = found.weights / head.loss.class_targets(found.labels, head.n_classes, torch.float64)[1]
     shares = shares / head.share_of_weight(found.x[:, : head.weight.shape[1]], found.labels)
     tolerance = min(max(_SHARE, 1e4 * problem.noise / float(problem.factors.s[0])), _COARSE_SHARE)
+    if head.noisy:
+        tolerance = _NOISY_SHARE  # the fit of the whole gradient decides
     return count_occurrences(
-        shares, found.labels, head.n_classes, head.loss, head.scale, problem.batch_size, tolerance
+        shares, found.labels, head.n_classes, head.loss, head.scale, expected, tolerance
     )  # fmt: skip
 
 

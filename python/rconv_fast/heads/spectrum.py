@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-# Singular values of noise alone: at least so many, within this factor of each other, this far below the others.
+# Singular values of noise alone: at least so many, half of them within this factor, this far below the others.
 _TAIL_COUNT = 3
 _TAIL_SPREAD = 30.0
 _TAIL_GAP = 10.0
@@ -46,7 +46,7 @@ def noise_in_spectrum(singular_values: Tensor, shape: tuple[int, int], rank: int
     best: tuple[float, int] | None = None
     for k in range(1, len(values) - _TAIL_COUNT + 1):
         gap = values[k - 1] / max(values[k], 1e-300)
-        flat = values[k] <= _TAIL_SPREAD * values[-1]
+        flat = values[k] <= _TAIL_SPREAD * values[(k + len(values)) // 2]
         if gap >= _TAIL_GAP and flat and (best is None or gap > best[0]):
             best = (gap, k)
     if best is None:
