@@ -92,8 +92,8 @@ def noisy_single_sample(
 ) -> HeadSeparation | None:
     """The only sample of a gradient of rank 1 above its noise: the label of least chi^2.
 
-    The leading singular vectors of ``[dW, kappa db]`` are ``delta`` and ``(x, kappa)`` up to a factor; Gauss-Newton on
-    x for each of the likeliest labels. None where nothing is said of noise, at another rank, or without a bias gradient.
+    The leading singular vectors of ``[dW, kappa db]`` are ``delta`` and ``(x, kappa)`` up to a factor; Gauss-Newton
+    on x for each of the likeliest labels. None where nothing is said of noise, at another rank, or without a bias.
 
     Parameters
     ----------
