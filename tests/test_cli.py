@@ -428,7 +428,7 @@ def test_check_counts_without_gradients_and_fails_on_what_it_is_told_to(run: Run
     assert "batch size 4: exact" in done.output
     report = json.loads((tmp_path / "c.json").read_text())
     assert report["verdict"] == "exact"
-    assert [layer["name"] for layer in report["layers_at_batch_size_4"]] == ["conv1", "conv2", "conv3", "fc"]
+    assert [layer["name"] for layer in report["layers"]["4"]] == ["conv1", "conv2", "conv3", "fc"]
     Page().feed((tmp_path / "c.html").read_text())
     assert run(*given, "--fail-on", "exact").exit_code == 1
     assert run(*given, "--fail-on", "none found").exit_code == 1

@@ -90,25 +90,35 @@ def test_make_targets_exist(page: Path) -> None:
     assert mentioned <= targets
 
 
-def test_command_line_options_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    options = set(re.findall(r"--[a-z][a-z-]+", text))
-    helps = [
-        subprocess.run(
-            [sys.executable, "-m", "rconv_fast", command, "--help"],
-            capture_output=True,
-            text=True,
-            env={
-                "PATH": "/usr/bin:/bin",
-                "COLUMNS": "200",
-                "NO_COLOR": "1",
-                "PYTHONPATH": ":".join(sys.path),
-            },
-        ).stdout
-        for command in ("demo", "invert")
-    ]
-    assert options
-    assert {option for option in options if not any(option in text for text in helps)} == set()
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_options_of_the_command_line_exist(page: Path) -> None:
+    from typer.main import get_command
+
+    from rconv_fast.cli.app import app
+
+    command = get_command(app)
+    known = {"": set(command.params[0].opts)} | {
+        name: {option for parameter in each.params for option in parameter.opts}
+        for name, each in command.commands.items()
+    }
+    for _, block in blocks(page, ""):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("rconv-fast "):
+                name = line.split()[1].lstrip("-") if line.split()[1] in known else ""
+                options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", line))
+                assert options <= known[name], line
+
+
+def test_every_command_is_explained() -> None:
+    from typer.main import get_command
+
+    from rconv_fast.cli.app import app
+
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    for name, command in get_command(app).commands.items():
+        assert f"## {name}" in text
+        for parameter in command.params:
+            assert f"`{parameter.opts[0]}`" in text, f"{name} {parameter.opts[0]}"
 
 
 def test_readme_is_short() -> None:

@@ -33,19 +33,22 @@ def check(model: str, input_shape: str, batch: str, json: Path | None, html: Pat
     for size, found in layers.items():
         screen.print_line(f"batch size {size}: {verdicts[size]}", COLOURS[verdicts[size]])
         screen.print_rows(COLUMNS, [_cells(layer) for layer in found])
-    settings = {"model": model, "input_shape": input_shape, "batch": batch}
-    _write(
-        json,
-        html,
-        {
-            "schema": CHECK_SCHEMA,
-            "verdict": _worst(verdicts.values()),
-            **{f"layers_at_batch_size_{size}": [asdict(layer) for layer in found] for size, found in layers.items()},
-            "settings": settings,
-            "environment": payload.environment(),
-        },
-    )
-    return _exit_code(_worst(verdicts.values()), fail_on)
+    worst = _worst(verdicts.values())
+    said = {
+        "schema": CHECK_SCHEMA,
+        "verdict": worst,
+        "settings": {"model": model, "input_shape": input_shape, "batch": batch},
+        "environment": payload.environment(),
+    }
+    if json is not None:
+        files.save_report(json, {**said, "layers": {size: list(map(_plain, found)) for size, found in layers.items()}})
+    if html is not None:
+        rows = {
+            size: [dict(zip(COLUMNS, _cells(layer), strict=True)) for layer in found] for size, found in layers.items()
+        }
+        tables = {f"batch size {size}: {verdicts[size]}": found for size, found in rows.items()}
+        files.write_private(html, page.render("check", {**said, **tables}))
+    return _exit_code(worst, fail_on)
 
 
 def audit(
@@ -109,11 +112,8 @@ def _cells(layer: LayerRank) -> tuple[str, ...]:
     )
 
 
-def _write(json: Path | None, html: Path | None, data: Mapping[str, Any]) -> None:
-    if json is not None:
-        files.save_report(json, data)
-    if html is not None:
-        files.write_private(html, page.render("audit", data))
+def _plain(layer: LayerRank) -> dict[str, Any]:
+    return {**asdict(layer), "phases": [phase._asdict() for phase in layer.phases]}
 
 
 def _check_severity(command: str, fail_on: str | None) -> None:

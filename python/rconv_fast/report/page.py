@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,12 @@ KINDS = {
             "not covered": ("warn", "This package has no exact method for a layer. That does not mean safe."),
         },
     ),
-    "sweep": Kind("Sweep", "Many inversions, one row each.", {}),
 }
+KINDS["check"] = replace(
+    KINDS["audit"],
+    title="Equations of a model",
+    lead="How many equations gradients of this model hold for the input of each layer, beside its unknowns.",
+)
 
 # Keys with a place of their own, in this order; other keys follow by what they hold.
 _OWN = ("schema", "verdict", "pictures", "notes", "advice", "assumptions", "settings", "environment", "sha256")
@@ -70,7 +74,7 @@ def render(kind: str, payload: Mapping[str, Any]) -> str:
 
     Parameters
     ----------
-    kind : {"inversion", "audit", "sweep"}
+    kind : {"inversion", "audit", "check"}
         See `KINDS`.
     payload : mapping
         Plain values. ``verdict``; ``pictures``: list of mappings with ``title``, ``uri`` (of an image) and, if wanted,

@@ -45,7 +45,7 @@ def of_inversion(inversion: Inversion) -> dict[str, Any]:
         "verified": inversion.verified,
         "batch_size": inversion.batch_size,
         "labels": inversion.labels,
-        "label_counts": inversion.label_counts,
+        "label_counts": None if inversion.label_counts is None else present(inversion.label_counts),
         "shape": shape_of(inversion.inputs),
         "determined": None if determined is None else float(determined.double().mean()),
         "predicted_error": None if known is None or not len(known) else float(known.square().mean().sqrt()),
@@ -60,6 +60,11 @@ def of_inversion(inversion: Inversion) -> dict[str, Any]:
         "features": {name: shape_of(value) for name, value in inversion.features.items()},
         "tokens": inversion.tokens,
     }
+
+
+def present(label_counts: Tensor) -> dict[str, int]:
+    """How many samples each class has, of the classes that occur."""
+    return {str(label): int(n) for label, n in enumerate(label_counts.tolist()) if n}
 
 
 def environment() -> dict[str, str]:

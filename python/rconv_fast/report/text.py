@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rconv_fast.report.payload import present
+
 if TYPE_CHECKING:
     from rconv_fast.verdict import Inversion
 
@@ -47,7 +49,8 @@ def headline(inversion: Inversion) -> str:
     if inversion.labels is not None:
         parts.append(f"labels {listed(inversion.labels)}")
     elif inversion.label_counts is not None:
-        parts.append(f"label counts {counts(inversion.label_counts)}")
+        known = ", ".join(f"{label}: {n}" for label, n in present(inversion.label_counts).items())
+        parts.append(f"label counts {known}")
     if inversion.inputs is None:
         return f"{', '.join(parts)}: {said}, no inputs"
     parts[-1] += f": {said}"
@@ -107,11 +110,6 @@ def listed(values: Tensor) -> str:
     entries = values.tolist()
     rest = len(entries) - MAX_LISTED
     return str(entries) if rest <= 0 else f"{str(entries[:MAX_LISTED])[:-1]}, ... {rest} more]"
-
-
-def counts(label_counts: Tensor) -> str:
-    """``class: how many`` of the classes that occur."""
-    return ", ".join(f"{label}: {int(n)}" for label, n in enumerate(label_counts.tolist()) if n)
 
 
 def _is_number(text: str) -> bool:
