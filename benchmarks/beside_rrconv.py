@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +21,10 @@ from torch import Tensor, nn
 import rconv_fast
 from bench import Target
 from leaks import Leak, facts, leak, ours
-from peer_rrconv import LABEL
+from peers import commit_of, run_peer
 from pictures import face
 from rconv_fast import models
-
-HERE = Path(__file__).resolve().parent
+from run_peer import LABEL
 
 
 @dataclass(frozen=True)
@@ -64,41 +60,15 @@ def theirs_leak(attack: Attack, parameters: list[Tensor]) -> Leak:
     return leak(model, face(), torch.tensor([LABEL]), Target())
 
 
-def run_peer(checkout: Path, attack: Attack, threads: int) -> dict[str, Any]:
-    """Run the authors' code once in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        photo, result = Path(folder) / "photo.pt", Path(folder) / "result.pt"
-        torch.save(face()[0], photo)
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        command = [
-            sys.executable,
-            str(HERE / "peer_rrconv.py"),
-            str(checkout),
-            attack.network,
-            attack.activation,
-        ]
-        done = subprocess.run(
-            [*command, str(photo), str(result)],
-            env=os.environ | limits,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"{attack.name}: the peer's code failed: {done.stderr.strip().splitlines()[-1]}")
-        loaded: dict[str, Any] = torch.load(result, weights_only=True)
-        return loaded
-
-
 def side_by_side(attack: Attack, checkout: Path, threads: int, repeats: int) -> dict[str, Any]:
     """Measure both in turn on the peer's own parameters; its clock is its own, from the gradients to the photo."""
-    theirs, seconds = [run_peer(checkout, attack, threads)], []
+    theirs, seconds = [run_peer("rrconv", checkout, face()[0], threads, attack.network, attack.activation)], []
     leaked = theirs_leak(attack, theirs[0]["parameters"])
     if not torch.equal(theirs[0]["original"].reshape(leaked.x.shape), leaked.x):
         raise RuntimeError(f"{attack.name}: the peer was given another photo")
     for turn in range(attack.peer_repeats):
         if turn:
-            theirs.append(run_peer(checkout, attack, threads))
+            theirs.append(run_peer("rrconv", checkout, face()[0], threads, attack.network, attack.activation))
         for _ in range(repeats):
             start = time.perf_counter()
             returned = ours(leaked)
@@ -130,8 +100,6 @@ def main() -> int:
     from run import machine
 
     torch.set_num_threads(arguments.threads)
-    git = ["git", "-C", str(arguments.peer_rrconv), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     results = []
     print(f"{'':32}{'ours':>9}  {'PSNR':>7}  {'verified':>8}  {'theirs':>9}  {'PSNR':>7}  {'ratio':>7}")
     for attack in (a for a in ATTACKS if arguments.filter in a.name):
@@ -144,7 +112,7 @@ def main() -> int:
         )
         results.append(line)
     if arguments.out:
-        settings = {"threads": arguments.threads, "peer_commit": commit, **machine()}
+        settings = {"threads": arguments.threads, "peer_commit": commit_of(arguments.peer_rrconv), **machine()}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"machine": settings, "results": results}, indent=2) + "\n")
     return 0

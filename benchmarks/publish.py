@@ -184,20 +184,23 @@ def of_beside(results: list[Result]) -> str:
 
 
 def of_paper(results: list[Result]) -> str:
-    rows = [
-        [
-            r["network"],
-            r["attack"],
-            str(len(r["seconds"])),
-            f"{r['mse']['mean']:.1e} ± {r['mse']['deviation']:.1e}",
-            f"{r['psnr']['mean']:.1f} ± {r['psnr']['deviation']:.1f}",
-            f"{r['psnr']['mean'] + PEAK_255:.1f}",
-            f"{seconds(r['time']['mean'])} ± {seconds(r['time']['deviation'])}",
-            r["note"] or "-",
-        ]
-        for r in results
-    ]
-    header = ["network", "attack", "images", "MSE", "PSNR, peak 1", "PSNR, peak 255", "time", "note"]
+    rows = []
+    for r in results:
+        mse, psnr, time = r["mse"], r["psnr"], r["time"]
+        none = psnr["mean"] is None
+        rows.append(
+            [
+                r["network"],
+                r["attack"],
+                str(len(r["seconds"])),
+                "-" if none else f"{mse['mean']:.1e} ± {mse['deviation']:.1e}",
+                "-" if none else f"{psnr['mean']:.1f} ± {psnr['deviation']:.1f}",
+                "-" if none else f"{psnr['mean'] + PEAK_255:.1f}",
+                f"{seconds(time['mean'])} ± {seconds(time['deviation'])}",
+                r["note"] or "-",
+            ]
+        )
+    header = ["network, images of", "attack", "images", "MSE", "PSNR, peak 1", "PSNR, peak 255", "time", "note"]
     return table(header, rows)
 
 
