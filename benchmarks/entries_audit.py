@@ -9,13 +9,17 @@ from torch import nn
 
 from bench import Entry, Target
 from rconv_fast import models
-from rconv_fast.audit import rank_analysis
+from rconv_fast.audit import AuditReport, audit, rank_analysis
 
 NETWORKS = {"lenet_o": (3, 32, 32), "cnn6": (3, 32, 32), "cnn3": (3, 32, 32), "cnn4_224": (3, 224, 224)}
 
 
 def analyse(shape: tuple[int, ...], batch: int, model: nn.Module) -> Any:
     return rank_analysis(model, shape, batch_size=batch)
+
+
+def judge(shape: tuple[int, ...], model: nn.Module) -> AuditReport:
+    return audit(model, shape)
 
 
 def facts(layers: Any) -> dict[str, Any]:
@@ -26,11 +30,25 @@ def facts(layers: Any) -> dict[str, Any]:
     }
 
 
+def judged(report: AuditReport) -> dict[str, Any]:
+    return {"verdict": report.verdict, "largest batch": report.max_batch_size}
+
+
 def entries(target: Target) -> list[Entry]:
     """The analysis is of the structure: it has no device and no precision."""
     if target != Target():
         return []
-    return [
+    whole = [
+        Entry(
+            f"audit/whole-{name}/1/{target.name}",
+            models.MODELS[name],
+            partial(judge, NETWORKS[name]),
+            record=judged,
+            once=True,
+        )
+        for name in ("lenet_o", "cnn3")
+    ]
+    return whole + [
         Entry(
             f"audit/rank-{name}/{batch}/{target.name}",
             models.MODELS[name],

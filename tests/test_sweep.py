@@ -76,6 +76,7 @@ def test_a_sweep_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
     more = run(folder, out, noise=(0.0, 1e-3, 1e-2))
     assert len(more) == begun(out) == 12
     assert [row for row in more if row["noise"] < 1e-2] == rows
+    assert len(run(folder, out, seed=1, n_images=1)) == len(run(folder, out, dtype=torch.float32, n_images=1)) - 1 == 13
 
 
 def test_a_killed_worker_loses_nothing_and_nothing_is_done_twice(folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ Attack = Callable[..., Any]  # (model, gradients, input_shape, **options) -> Inv
 
 @dataclass(frozen=True)
 class Case:
-    """One inversion: what is drawn for it follows from the sweep's seed and its `key`.
+    """One inversion, with all that its row depends on; what is drawn for it follows from its `key`.
 
     Attributes
     ----------
@@ -41,6 +41,10 @@ class Case:
         As in ``gaussian:1e-3``; ``none``.
     noise : float
         Of each gradient, relative to its root mean square; told to the attack, as the defence is.
+    attack, dtype, input_shape : str
+        Name of the attack, precision of the client, shape of a picture as in ``3x32x32``.
+    seed : int
+        The sweep's.
     """
 
     model: str
@@ -49,11 +53,15 @@ class Case:
     batch_size: int
     defence: str
     noise: float
+    attack: str
+    dtype: str
+    input_shape: str
+    seed: int
 
     @property
     def key(self) -> str:
         """Short and the same in every run."""
-        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(sorted(asdict(self).items())).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -92,20 +100,23 @@ class Plan:
 
 def cases_of(plan: Plan, batch_sizes: Sequence[int], defences: Sequence[str], noise: Sequence[float]) -> Iterator[Case]:
     """All combinations, the pictures last."""
+    attack = getattr(plan.attack, "__name__", repr(plan.attack))
+    dtype, shape = str(plan.dtype).removeprefix("torch."), "x".join(map(str, plan.input_shape))
     for model in plan.models:
         for batch in batch_sizes:
             for defence in defences:
                 for sigma in noise:
                     for first in range(0, len(plan.pictures) - batch + 1, batch):
                         names = tuple(p.name for p in plan.pictures[first : first + batch])
-                        yield Case(model, names, first, batch, defence, float(sigma))
+                        sizes = (first, batch, defence, float(sigma))
+                        yield Case(model, names, *sizes, attack, dtype, shape, plan.seed)
 
 
 def run_case(plan: Plan, case: Case) -> Row:
     """Play the client, forget the pictures, attack, compare. What goes wrong becomes the row's `error`."""
     if plan.threads:
         torch.set_num_threads(plan.threads)  # of a worker process, which is ours
-    row = empty_row(plan, case)
+    row = empty_row(case)
     try:
         row |= _measured(plan, case)
     except Exception as error:
@@ -116,7 +127,7 @@ def run_case(plan: Plan, case: Case) -> Row:
 def _measured(plan: Plan, case: Case) -> Row:
     from rconv_fast.metrics import match_samples, psnr
 
-    generator = torch.Generator().manual_seed(int(case.key, 16) % 2**40 + plan.seed)
+    generator = torch.Generator().manual_seed(int(case.key, 16))
     model = plan.models[case.model]().to(plan.dtype)
     x = torch.stack([p.read(plan.input_shape) for p in plan.pictures[case.first : case.first + case.batch_size]])
     x = x.to(plan.dtype)
@@ -182,6 +193,6 @@ def defence_of(text: str) -> Callable[[SharedGradients, torch.Generator], Shared
     return lambda gradients, generator: defence(gradients, strength, generator)
 
 
-def empty_row(plan: Plan, case: Case) -> Row:
+def empty_row(case: Case) -> Row:
     """The row of a case of which nothing is measured yet."""
-    return {**EMPTY, **asdict(case), "images": ", ".join(case.images), "key": case.key, "seed": plan.seed}
+    return {**EMPTY, **asdict(case), "images": ", ".join(case.images), "key": case.key}

@@ -59,7 +59,7 @@ def _alone(plan: Plan, case: Case) -> Row:
         try:
             return pool.submit(run_case, plan, case).result()
         except BrokenProcessPool:
-            return {**empty_row(plan, case), "error": LOST}
+            return {**empty_row(case), "error": LOST}
 
 
 def _by_ray(plan: Plan, cases: Iterable[Case], jobs: int, address: str) -> Iterator[tuple[Case, Row]]:
@@ -84,4 +84,4 @@ def _by_ray(plan: Plan, cases: Iterable[Case], jobs: int, address: str) -> Itera
             try:
                 yield case, ray.get(reference)
             except ray.exceptions.WorkerCrashedError:
-                yield case, {**empty_row(plan, case), "error": LOST}
+                yield case, {**empty_row(case), "error": LOST}

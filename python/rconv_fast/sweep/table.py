@@ -20,6 +20,9 @@ EMPTY: Row = {
     "batch_size": 0,
     "defence": "",
     "noise": 0.0,
+    "attack": "",
+    "dtype": "",
+    "input_shape": "",
     "seed": 0,
     "verdict": "",
     "verified": False,
@@ -64,14 +67,14 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
 
 
 def aggregate(rows: Iterable[Row]) -> list[Row]:
-    """One line for each model, batch size, defence and noise: cases, shares, medians."""
+    """One line for each model, attack, batch size, defence and noise: cases, shares, medians."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in GROUP), []).append(row)
     return [dict(zip(GROUP, key, strict=True)) | _aggregated(group) for key, group in sorted(groups.items())]
 
 
-GROUP = ("model", "batch_size", "defence", "noise")
+GROUP = ("model", "attack", "batch_size", "defence", "noise")
 
 
 def _aggregated(rows: Sequence[Row]) -> Row:
@@ -96,7 +99,7 @@ def to_markdown(rows: Iterable[Row]) -> str:
 
 
 def save_plot(rows: Iterable[Row], path: Path | str) -> None:
-    """Share of verified cases and median PSNR over the batch size, one line a model, defence and noise."""
+    """Share of verified cases and median PSNR over the batch size, one line a model, attack, defence and noise."""
     try:
         import matplotlib
 
@@ -106,7 +109,9 @@ def save_plot(rows: Iterable[Row], path: Path | str) -> None:
         raise MissingDependencyError('plots need matplotlib: pip install "rconv-fast[report]"') from error
     curves: dict[str, list[Row]] = {}
     for line in aggregate(rows):
-        curves.setdefault(f"{line['model']}, {line['defence']}, noise {line['noise']:g}", []).append(line)
+        curves.setdefault(f"{line['model']}, {line['attack']}, {line['defence']}, noise {line['noise']:g}", []).append(
+            line
+        )
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, lines in curves.items():
         for axes, column in zip(panels, ("verified", "median_psnr"), strict=True):
