@@ -1,0 +1,1 @@
+"""Audits inside other frameworks: `rconv_fast.integrations.flower`, `rconv_fast.integrations.opacus`."""
