@@ -307,10 +307,12 @@ def test_invert_reads_files_and_writes_only_into_its_folder(
     before = {p for p in folder.rglob("*") if "__pycache__" not in p.parts}
     inputs = torch.rand(2, 1, 8, 8, dtype=torch.float64)
     fake.result = exact(inputs)
-    done = run(*options(folder, batch=2, loss="mse"))
+    done = run(*options(folder, batch=2, loss="mse", scale="unknown"))
     assert done.exit_code == 0, done.errors
     (call,) = fake.calls
     assert (call["input_shape"], call["batch_size"], call["loss"]) == ((1, 8, 8), 2, "mse")
+    assert call["scale"] is None
+    assert "noise" not in call
     assert not call["model"].training
     state = load_file(folder / "state.safetensors")
     assert all(torch.equal(call["model"].state_dict()[n], t) for n, t in state.items())
@@ -403,6 +405,8 @@ def test_a_model_is_named_by_a_file_a_module_or_its_own_name(client: tuple[Path,
         ({"gradients": __file__}, "--gradients must be safetensors, npz or loadable"),
         ({"after": "absent.pt"}, "--gradients must be given, or --after, got both or none"),
         ({"batch": 0}, "--batch must be >= 1, got 0"),
+        ({"loss": "hinge"}, "loss must be one of cross_entropy"),
+        ({"scale": "big"}, "--scale must be a number or unknown, got 'big'"),
     ],
 )
 @pytest.mark.usefixtures("fake")
@@ -563,3 +567,17 @@ def test_a_model_that_cannot_be_read_is_not_covered_and_no_bad_usage(run: Run, t
     assert "not covered" in done.output
     assert "control flow" in done.output
     assert run(*given, "--fail-on", "not covered").exit_code == 1
+
+
+def test_audit_writes_its_report_and_fails_on_what_it_is_told_to(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "audited.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(48, 6)).double()\n"
+    )
+    given = ["audit", "--model", f"{tmp_path / 'audited.py'}:build", "--input-shape", "3x4x4"]
+    done = run(*given, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--fail-on", "exact")
+    assert done.exit_code == 1, done.errors
+    assert done.output.startswith("exact: ")
+    assert json.loads((tmp_path / "a.json").read_text())["verdict"] == "exact"
+    Page().feed((tmp_path / "a.html").read_text())
+    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "a.html")} == {0o600}
+    assert run(*given).exit_code == 0

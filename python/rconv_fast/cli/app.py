@@ -113,6 +113,8 @@ def invert(
     batch: Annotated[int | None, typer.Option(help="Samples behind the gradients; found if not given.")] = None,
     loss: Annotated[str, typer.Option(help="The loss, as torch.nn.functional names it.")] = "cross_entropy",
     reduction: Annotated[str | None, typer.Option(help="Of the loss over the batch: mean or sum.")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="Of the loss.")] = None,
+    scale: Annotated[str | None, typer.Option(help="Factor on the gradients; 'unknown' finds it (clipping).")] = None,
     noise: Annotated[float | None, typer.Option(help="Noise on the gradients, relative to each tensor's size.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds; what is known by then is reported.")] = None,
     training: Annotated[bool, typer.Option("--training", help="The client's model was in training mode.")] = False,
@@ -124,7 +126,15 @@ def invert(
     from rconv_fast.cli.inverting import Update, invert
 
     update = None if after is None else Update(after, lr, steps, momentum, weight_decay)
-    given = {"batch_size": batch, "loss": loss, "reduction": reduction, "noise": noise, "time_limit": time_limit}
+    given = {
+        "batch_size": batch,
+        "loss": loss,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "scale": scale,
+        "noise": noise,
+        "time_limit": time_limit,
+    }
     return invert(model, state, gradients, update, input_shape, given, training, device.resolve(), out, overwrite)
 
 

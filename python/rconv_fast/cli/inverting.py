@@ -12,7 +12,8 @@ from torch import nn
 from rconv_fast import updates
 from rconv_fast.cli import running
 from rconv_fast.cli.options import build_model, load_state, parse_shape
-from rconv_fast.errors import optional, require
+from rconv_fast.errors import ArgumentError, optional, require
+from rconv_fast.losses import Loss
 from rconv_fast.observation import SharedGradients
 from rconv_fast.received import read_gradients
 from rconv_fast.report import files
@@ -49,9 +50,12 @@ def invert(
     shape = parse_shape("invert", input_shape)
     network = load_state("invert", build_model("invert", model), state).train(training)
     shared = _gradients(network, gradients) if update is None else _update(network, update)
+    given = {name: value for name, value in options.items() if value is not None}
+    if "scale" in given:
+        given["scale"] = _scale(given["scale"])
+    Loss(given["loss"], given.get("reduction", "mean"), given.get("label_smoothing", 0.0))  # wrong ones are said now
     files.prepare_folder(out, overwrite)
 
-    given = {name: value for name, value in options.items() if value is not None}
     seen = {"state": network.state_dict(), "gradients": dict(shared)}
     outcome = running.invert(network.to(device), _to(shared, device), shape, **given)
 
@@ -61,6 +65,14 @@ def invert(
     assumed = running.assumptions(options["loss"] or "cross_entropy", training, options["noise"], shared.source)
     written = running.report(out, outcome, seen, None, settings=settings, assumptions=assumed)
     return running.finish(outcome, "", written)
+
+
+def _scale(text: str) -> float | None:
+    """A number; None, which has it found, for ``unknown``."""
+    try:
+        return None if text == "unknown" else float(text)
+    except ValueError as error:
+        raise ArgumentError(f"invert: --scale must be a number or unknown, got {text!r}") from error
 
 
 def _gradients(network: nn.Module, path: Path | None) -> SharedGradients:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from rconv_fast.audit import LayerRank, rank_analysis
+from rconv_fast.audit import audit as judge
 from rconv_fast.cli import DONE, LESS, screen
 from rconv_fast.cli.options import build_model, load_state, parse_batches, parse_shape
 from rconv_fast.errors import UnsupportedModelError, require
@@ -69,7 +69,6 @@ def audit(
     if state is not None:
         network = load_state("audit", network, state)
     given = {name: value for name, value in options.items() if value is not None}
-    judge = importlib.import_module("rconv_fast.audit").audit
     reports = [judge(network.eval(), shape, batch_size=size, **given) for size in sizes]
     for report in reports:
         screen.print_line(report.summary())
@@ -77,6 +76,7 @@ def audit(
             files.write_private(json, report.to_json())
         if html is not None:
             report.to_html(html)
+            html.chmod(files.PRIVATE)
     return _exit_code(_worst(report.verdict for report in reports), fail_on)
 
 
