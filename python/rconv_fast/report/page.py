@@ -65,7 +65,7 @@ KINDS["check"] = replace(
 # Keys with a place of their own, in this order; other keys follow by what they hold.
 _OWN = ("schema", "verdict", "pictures", "notes", "advice", "assumptions", "settings", "environment", "sha256")
 _IN_VERDICT = ("verified", "stops_at", "reason")
-_LISTS = {"notes": "Notes", "advice": "What would make it safe", "assumptions": "What was assumed"}
+_LISTS = {"notes": "Notes", "advice": "What would break the recovery", "assumptions": "What was assumed"}
 _PAIRS = {"settings": "Settings", "sha256": "SHA-256 of the tensors", "environment": "Versions"}
 
 
@@ -179,7 +179,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    kind = ' class="number"' if isinstance(value, int | float) and not isinstance(value, bool) else ""
+    counted = isinstance(value, int | float) and not isinstance(value, bool)
+    kind = ' class="number"' if counted or (isinstance(value, str) and value.isdigit()) else ""
     return f"<td{kind}>{escape(_text(value))}</td>"
 
 
