@@ -182,9 +182,7 @@ def _inversion(
     outcome = _read_head(request, single, batch_size, labels)
     answers: list[Answer] = []
     for head in outcome.candidates[:MAX_READINGS]:
-        size = len(head.grad_logits)
-        graph = single if size == 1 else request.graph(size)
-        answers.append(_answer(request, graph, head, report))
+        answers.append(_answer(request, single, head, report))
         if answers[-1].interrupted:
             break
     inversion = conclude(single, outcome, answers, _tokens(request), request.prior)
@@ -213,22 +211,40 @@ def _read_head(
     return head_candidates(graph, of_logits, batch_size, labels, request.budget)
 
 
-def _answer(request: _Request, graph: Graph, head: HeadCandidate, report: Callable[[Event], None]) -> Answer:
-    """The recursion from one reading of the head, polished where it nearly matches."""
+def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Callable[[Event], None]) -> Answer:
+    """The recursion from one reading of the head, polished where it nearly matches.
+
+    A sample that occurs m times is solved for once, with m times its gradient: the equations are the same.
+    """
     observation, targets = replace(request.observation, scale=head.scale), head.labels
+    first, index = _distinct(head.multiplicities)
+    graph = single if len(first) == 1 else request.graph(len(first))
+    grad_logits = head.grad_logits[first] * head.multiplicities[first, None]
+    known = Known({name: value[first] for name, value in head.values.items()})
     options = Options(observation.precision, request.prior, request.budget, report)
     bar = match_bar(observation.precision)
 
     def mismatch(inputs: Tensor) -> float:
-        return observation.compare(request.working_model, inputs, targets).relative
+        return observation.compare(request.working_model, inputs[index], targets).relative
 
-    found = recover(graph, head.grad_logits, Known(head.values), options, mismatch, bar)
+    found = recover(graph, grad_logits, known, options, mismatch, bar)
+    found = replace(found, passed=found.passed.repeated(index))
     found = _polished(request, graph, found, targets, bar, report)
     inputs = found.passed.values.get(graph.input)
     match = None if inputs is None else observation.compare(request.working_model, inputs, targets)
     good = match is not None and within_noise(match, observation.precision, noise_known=bool(observation.noise))
     stop = found.passed.stop
     return Answer(head, graph, found.passed, match, good, stop is not None and stop.reason == INTERRUPTED)
+
+
+def _distinct(multiplicities: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row of each sample, and for every row the number of its sample; copies of a sample are neighbours."""
+    first, row = [], 0
+    while row < len(multiplicities):
+        first.append(row)
+        row += int(multiplicities[row])
+    places = torch.tensor(first, device=multiplicities.device)
+    return places, torch.arange(len(first), device=places.device).repeat_interleave(multiplicities[places])
 
 
 def _polished(

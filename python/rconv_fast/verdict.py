@@ -271,9 +271,10 @@ def _of_answer(
 ) -> Inversion:
     inputs, passed, head = best.inputs, best.passed, best.head
     reports = list(passed.reports.values())
-    notes = list(head.notes)
+    notes = [*head.notes, *([f"{outcome.stops_at}: {outcome.reason}"] if outcome.reason else [])]
     determined = None if inputs is None else _determined(best, notes, prior)
     closed = determined is not None and bool(determined.all()) and proven(reports) and _consistent(reports)
+    closed = closed and passed.open <= {best.graph.input}
     verified = best.good and closed and head.complete and not rivals
     if rivals:
         others = "; ".join(f"labels {r.head.labels.tolist()}" for r in rivals)
@@ -281,6 +282,9 @@ def _of_answer(
     if best.good and not verified and not _consistent(reports):
         notes.append("the equations of a layer contradict each other, so the match alone proves nothing")
     verdict = _verdict(best, determined, verified)
+    if verdict == "features" and inputs is not None:
+        inputs = determined = None
+        notes.append("no picture is shown: the one found neither matches the gradients nor has a proven value")
     status = {"exact": "exact", "approximate": "approximate"}.get(verdict, "features")
     stop = passed.stop
     return Inversion(
@@ -293,7 +297,7 @@ def _of_answer(
         noise_ratio=math.inf if best.match is None else best.match.ratio,
         determined=determined,
         samples=_samples(head, status),
-        batch_size=len(head.grad_logits) if head.complete else outcome.batch_size,
+        batch_size=len(head.grad_logits) if head.complete else outcome.batch_size if head.spare else None,
         label_counts=outcome.label_counts if outcome.label_counts is not None else _counts(best),
         features=features_of(best.graph, passed.values),
         stops_at=None if stop is None else stop.label,
@@ -309,7 +313,7 @@ def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
     passed, graph = best.passed, best.graph
     inputs = passed.values[graph.input]
     determined = passed.determined.get(graph.input, torch.ones_like(inputs, dtype=torch.bool))
-    open_reports = [(n, r) for n, r in passed.reports.items() if not bool(passed.determined[n].all())]
+    open_reports = [(n, r) for n, r in passed.reports.items() if n in passed.open]
     open_layers = [report.name for name, report in open_reports if name != graph.input]
     if open_layers and not best.good:
         determined = torch.zeros_like(determined)
@@ -339,15 +343,15 @@ def _verdict(best: Answer, determined: Tensor | None, verified: bool) -> str:
         return "features"
     if verified:
         return "exact"
-    if bool(determined.all()) and best.match is not None and best.relative < COARSE:
-        return "approximate"
-    return "partial" if bool(determined.any()) else "features"
+    if bool(determined.any()) and not bool(determined.all()):
+        return "partial"
+    return "approximate" if best.relative < COARSE else "features"
 
 
 def _samples(head: HeadCandidate, status: str) -> list[Sample]:
     return [
-        Sample(label_of(head.labels, index), float(certificate), status=status)
-        for index, certificate in enumerate(head.certificates)
+        Sample(label_of(head.labels, index), float(certificate), int(times), status)
+        for index, (certificate, times) in enumerate(zip(head.certificates, head.multiplicities, strict=True))
     ]
 
 

@@ -73,6 +73,8 @@ class Pass:
         Where it ended before the input.
     contradiction : Contradiction or None
         Where it ended since another threshold may do better.
+    open : frozenset of str
+        Solved steps whose equations leave open what the layers before need.
     """
 
     values: Mapping[str, Tensor]
@@ -82,6 +84,16 @@ class Pass:
     reports: Mapping[str, LayerReport] = field(default_factory=dict)
     stop: Stop | None = None
     contradiction: Contradiction | None = None
+    open: frozenset[str] = frozenset()
+
+    def repeated(self, index: Tensor) -> Pass:
+        """The same for a batch whose samples are these, by number."""
+
+        def rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor[index] for name, tensor in tensors.items()}
+
+        values, grads, raw, determined = map(rows, (self.values, self.grads, self.raw, self.determined))
+        return replace(self, values=values, grads=grads, raw=raw, determined=determined)
 
     def with_value(self, name: str, value: Tensor) -> Pass:
         """The same with another value of one step."""
@@ -95,6 +107,7 @@ class Pass:
             {name: values[name] for name in names if name in values},
             {name: self.determined[name] for name in names if name in self.determined},
             {name: self.reports[name] for name in names if name in self.reports},
+            self.open & set(names),
         )
 
 
@@ -105,6 +118,7 @@ class Known:
     values: Mapping[str, Tensor] = field(default_factory=dict)
     determined: Mapping[str, Tensor] = field(default_factory=dict)
     reports: Mapping[str, LayerReport] = field(default_factory=dict)
+    open: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -178,6 +192,7 @@ class _Recursion:
         self.grads = {graph.output: grad_logits.reshape(graph.steps[graph.output].shape)}
         self.determined = dict(known.determined)
         self.reports = dict(known.reports)
+        self.open = set(known.open)
         self.contradiction: Contradiction | None = None
 
     def run(self, until: str | None) -> Pass:
@@ -191,7 +206,8 @@ class _Recursion:
             stop = halt.stop
         except KeyboardInterrupt as interrupt:
             stop = self._interrupted(self.graph.steps[name], interrupt)
-        return Pass(self.values, self.grads, self.raw, self.determined, self.reports, stop, self.contradiction)
+        tables = self.values, self.grads, self.raw, self.determined, self.reports
+        return Pass(*tables, stop, self.contradiction, frozenset(self.open))
 
     def _settle(self, step: Step) -> None:
         """Find the gradient of one step's tensor, and its values where they follow."""
@@ -321,6 +337,8 @@ class _Recursion:
             best = apply_prior(system, best, self.options.prior, flat_rows(self.graph, self.values, step.name))
         self.values[step.name] = best.x.reshape(step.shape)
         self.determined[step.name] = best.determined.reshape(step.shape)
+        if not _is_fixed(step, best):
+            self.open.add(step.name)
         self.reports[step.name] = LayerReport(label, kind, best.evidence, time.perf_counter() - start)
 
     def _interrupted(self, step: Step, interrupt: KeyboardInterrupt) -> Stop:
