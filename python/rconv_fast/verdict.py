@@ -271,7 +271,9 @@ def _of_answer(
 ) -> Inversion:
     inputs, passed, head = best.inputs, best.passed, best.head
     reports = list(passed.reports.values())
-    notes = [*head.notes, *([f"{outcome.stops_at}: {outcome.reason}"] if outcome.reason else [])]
+    notes = list(head.notes)
+    if outcome.reason and outcome.reason not in notes:
+        notes.append(f"{outcome.stops_at}: {outcome.reason}")
     determined = None if inputs is None else _determined(best, notes, prior)
     closed = determined is not None and bool(determined.all()) and proven(reports) and _consistent(reports)
     closed = closed and passed.open <= {best.graph.input}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rconv_fast.heads.head import Head
 from rconv_fast.heads.levenberg_marquardt import State, damped_step, minimise
+from rconv_fast.heads.other_loss import other_loss
 from rconv_fast.heads.search import STATED_SAFETY
 from rconv_fast.heads.separation import HeadSeparation
 
@@ -73,7 +74,13 @@ def _one_sample(head: Head, scale: float) -> list[HeadSeparation]:
     mixed = head.mismatch(x[None], delta[None])
     w = scale * (2.0 / n if head.loss.reduction == "mean" else 2.0)
     reading = _reading(x[None], (head.logits(x) - delta / w)[None], delta[None], mixed, spare=n - 1)
-    return [replace(reading, scale=scale)] if mixed <= _tolerance(head) else []
+    if mixed > _tolerance(head):
+        return []
+    other = other_loss(head.logits(x[None]), delta[None] / scale, head.rounding)
+    if other is not None:  # free targets explain any gradient; a class explains no other one
+        reason = f"{other} explains this gradient with no free target: pass that loss"
+        reading = replace(reading, complete=False, reason=reason)
+    return [replace(reading, scale=scale)]
 
 
 def _reading(x: Tensor, targets: Tensor, delta: Tensor, mismatch: float, spare: int) -> HeadSeparation:

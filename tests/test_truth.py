@@ -1,0 +1,220 @@
+"""A verdict is never wrong: what almost any gradient has a reading for, and readings that are not the only one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks import Attack, assert_recovered, attack, gradients_of, photo, some_labels
+from rconv_fast import Inversion, invert
+
+BCE = F.binary_cross_entropy_with_logits
+SIZE = 12
+
+
+def network(
+    classes: int = 10, activation: Callable[[], nn.Module] = nn.ReLU, *, bias: bool = True, width: int = 24
+) -> nn.Sequential:
+    """Two convolutions that their equations determine, and a head."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 5, 2, 2, bias=bias), activation(),
+        nn.Conv2d(width, 48, 3, 1, 1, bias=bias), activation(),
+        nn.Flatten(), nn.Linear(48 * 36, classes, bias=bias),
+    ).double()  # fmt: skip
+
+
+def result_of(model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor], name: str) -> Inversion:
+    return invert(model, gradients_of(model, x, y, loss), x.shape[1:], loss=name)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_mixture_behind_one_output_is_no_sample(batch: int) -> None:
+    torch.manual_seed(batch)
+    targets = torch.randn(batch, 1, dtype=torch.float64)
+    result = result_of(network(1), photo(SIZE, batch), targets, F.mse_loss, "mse")
+    assert not result.verified
+    assert result.batch_size is None
+    assert any("no equation of the head is left over" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("batch", [2, 4, 7])
+def test_a_mixture_behind_a_logit_without_bias_is_no_sample(batch: int) -> None:
+    torch.manual_seed(batch)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 1, bias=False)).double()
+    x, y = torch.rand(batch, 3, 4, 4).double(), torch.randint(0, 2, (batch, 1)).double()
+    assert not result_of(model, x, y, BCE, "binary_cross_entropy_with_logits").verified
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Identity, nn.Softsign])
+def test_of_an_odd_network_both_answers_are_named(activation: Callable[[], nn.Module], label: float) -> None:
+    """Without a bias, -x with the other label has the same gradients."""
+    model, y = network(1, activation, bias=False), torch.full((1, 1), label, dtype=torch.float64)
+    result = result_of(model, photo(SIZE), y, BCE, "binary_cross_entropy_with_logits")
+    assert not result.verified
+    assert any("another reading of the head reproduces the gradients" in note for note in result.notes)
+
+
+def test_coarse_gradients_are_no_proof() -> None:
+    """Rounded to bfloat16, whatever type they are stored in."""
+    model = network(activation=nn.LeakyReLU)
+    shared = {name: g.bfloat16().double() for name, g in gradients_of(model, photo(SIZE)).items()}
+    done = Attack(invert(model, shared, (3, SIZE, SIZE)), photo(SIZE))
+    assert done.result.labels.tolist() == [1]
+    assert not done.result.verified or done.psnr > 60
+
+
+def test_weights_of_classes_that_nobody_named_are_no_duplicates() -> None:
+    weights = torch.tensor([1.0, 3.0, 0.5] * 3 + [1.0], dtype=torch.float64)
+    model, x, y = network(), photo(SIZE, 3), torch.tensor([0, 1, 2])
+    shared = gradients_of(model, x, y, lambda o, t: F.cross_entropy(o, t, weights))
+    unsaid = invert(model, shared, x.shape[1:])
+    assert not unsaid.verified
+    assert unsaid.batch_size is None
+    said = Attack(invert(model, shared, x.shape[1:], class_weights=weights), x)
+    assert said.result.verified
+    assert said.psnr > 200
+    assert sorted(said.result.labels.tolist()) == [0, 1, 2]
+
+
+def test_clients_of_unequal_size_are_no_duplicates() -> None:
+    model, x = network(), photo(SIZE, 2)
+    first, second = (gradients_of(model, x[i : i + 1], torch.tensor([1 + 3 * i])) for i in range(2))
+    result = invert(model, {name: first[name] / 4 + second[name] * 3 / 4 for name in first}, x.shape[1:])
+    assert not result.verified
+    assert any("batch_size=4 would confirm" in note for note in result.notes)
+
+
+def test_a_sample_that_occurs_three_times_is_solved_for_once() -> None:
+    """Three equal pictures have the gradient of one: batch_size decides, and costs no equations."""
+    done = attack(network(), photo(SIZE), batch_size=3)
+    assert done.result.verified
+    assert done.result.inputs.shape == (3, 3, SIZE, SIZE)
+    assert [sample.multiplicity for sample in done.result.samples] == [3, 3, 3]
+    assert done.result.layers[0].unknowns == 24 * 36
+
+
+def test_a_classification_read_as_a_regression_is_named() -> None:
+    """Free targets explain every gradient, so they prove no loss."""
+    model = network()
+    result = invert(model, gradients_of(model, photo(SIZE)), (3, SIZE, SIZE), loss="mse")
+    assert not result.verified
+    assert any("loss='cross_entropy' (label 1)" in note for note in result.notes)
+
+
+def test_a_regression_with_free_targets_is_still_proven() -> None:
+    model, y = network(4), torch.tensor([[0.3, -1.0, 2.0, 0.1]], dtype=torch.float64)
+    result = result_of(model, photo(SIZE), y, F.mse_loss, "mse")
+    assert result.verified
+    assert float((result.labels - y).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_wrong_scale_is_named_and_found(factor: float) -> None:
+    model = network()
+    shared = {name: factor * g for name, g in gradients_of(model, photo(SIZE)).items()}
+    result = invert(model, shared, (3, SIZE, SIZE))
+    assert not result.verified
+    assert any("pass scale=None" in note for note in result.notes)
+    found = invert(model, shared, (3, SIZE, SIZE), scale=None)
+    assert found.verified
+    assert found.scale == pytest.approx(factor, rel=1e-9)
+
+
+class Written(nn.Module):
+    """Two convolutions and a head, joined as a test says."""
+
+    def __init__(self, join: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 24, 5, 2, 2), nn.Conv2d(24, 48, 3, 1, 1), nn.Linear(48 * 36, 10)
+        self.join = join
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self, x)
+
+
+def chunked(net: Written, x: Tensor) -> Tensor:
+    a, b = F.relu(net.conv1(x)).chunk(2, 1)
+    return net.fc(F.relu(net.conv2(torch.cat([b, a], 1))).flatten(1))
+
+
+def split(net: Written, x: Tensor) -> Tensor:
+    a, b, c = torch.split(F.relu(net.conv1(x)), (4, 8, 12), 1)
+    return net.fc(F.relu(net.conv2(torch.cat([2 * c, b, a], 1))).flatten(1))
+
+
+def reversed_subtraction(net: Written, x: Tensor) -> Tensor:
+    return net.fc(F.relu(net.conv2(F.relu(net.conv1(torch.rsub(x, 1.0))))).flatten(1))
+
+
+@pytest.mark.parametrize("join", [chunked, split, reversed_subtraction], ids=lambda join: join.__name__)
+def test_what_depends_on_the_input_is_followed(join: Callable[..., Tensor]) -> None:
+    assert_recovered(Written(join), photo(SIZE))
+
+
+def test_a_reversed_subtraction_of_two_branches_has_its_signs() -> None:
+    def join(net: Written, x: Tensor) -> Tensor:
+        h = F.relu(net.conv1(x))
+        return net.fc(torch.tanh(torch.rsub(net.conv2(h), net.other(h))).flatten(1))
+
+    assert_recovered(Written(join, other=nn.Conv2d(24, 48, 1)), photo(SIZE))
+
+
+def test_a_maximum_over_an_axis_is_no_constant() -> None:
+    def join(net: Written, x: Tensor) -> Tensor:
+        h = F.relu(net.conv2(F.relu(net.conv1(x))))
+        return net.fc((h - h.max(2, keepdim=True)[0]).flatten(1))
+
+    result = attack(Written(join).double(), photo(SIZE)).result
+    assert result.inputs is None
+    assert result.labels.tolist() == [1]
+    assert "max" in result.reason
+
+
+def test_tied_weights_through_a_transpose_are_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.head = nn.Linear(48, 30), nn.Linear(48, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.encode(x.flatten(1)))
+            return self.head(torch.tanh(F.linear(h, self.encode.weight.t())))
+
+    result = attack(Tied().double(), torch.rand(1, 3, 4, 4).double()).result
+    assert not result.verified
+    assert "used more than once" in result.reason
+    assert "head" in result.features
+
+
+def test_the_gradient_of_the_head_alone_gives_features_and_label() -> None:
+    model = network()
+    shared = {name: g for name, g in gradients_of(model, photo(SIZE)).items() if name.startswith("5.")}
+    done = Attack(invert(model, shared, (3, SIZE, SIZE)), photo(SIZE))
+    result = done.result
+    assert not result.verified or done.psnr > 150  # known outputs may be equations enough
+    assert result.labels.tolist() == [1]
+    assert float((result.features["5"] - model[:5](photo(SIZE))).abs().max()) < 1e-9
+
+
+def test_tokens_are_listed_by_an_embedding_behind_which_nothing_is_solved() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.lstm, self.head = nn.Embedding(50, 8), nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(self.words(x))[0][:, -1])
+
+    model, x = Reader().double(), torch.tensor([[3, 41, 41, 7, 0]])
+    result = invert(model, gradients_of(model, x, some_labels(1)), (5,))
+    assert result.verdict == "features"
+    assert result.labels.tolist() == [1]
+    assert result.tokens.tolist() == [0, 3, 7, 41]
+    assert "LSTM" in result.reason
