@@ -339,7 +339,7 @@ def test_the_report_of_a_result() -> None:
     result = attack(small(), X).result
     assert isinstance(result, Inversion)
     text = result.summary()
-    assert text.startswith("exact: 1 sample(s), labels [1]: verified")
+    assert text.startswith("1 sample(s), labels [1]: exact, verified")
     assert "100.0% of the values determined" in text
     for layer in result.layers:
         assert layer.name in text

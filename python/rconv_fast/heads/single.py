@@ -166,8 +166,15 @@ def _read(
     gap = delta - factor * pull
     rounded = softmax * (1 + logits.abs().max())
     rounded[label] += 1.0
-    unit = head.rounding * (abs(factor) * rounded + delta.abs())
+    unit = head.rounding * (abs(factor) * rounded + delta.abs()) + _smallest(head.rounding)
     return _Reading(label, factor, gap, float((gap.abs() / unit).max()))
+
+
+def _smallest(rounding: float) -> float:
+    """The least positive value of the type of this relative spacing: what an underflow is off."""
+    types = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    held = next((t for t in types if torch.finfo(t).eps >= rounding), torch.bfloat16)
+    return torch.finfo(held).tiny * torch.finfo(held).eps
 
 
 def _without_label(
