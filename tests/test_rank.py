@@ -12,7 +12,7 @@ from attacks import gradients_of
 from layers import gradient_matrix, random_grad_output
 from rconv_fast import RconvError, invert
 from rconv_fast.audit import LayerRank, rank_analysis
-from rconv_fast.audit.rank import tally
+from rconv_fast.audit.tally import tally
 from rconv_fast.geometry import ConvGeometry
 
 GEOMETRIES = [

@@ -13,17 +13,15 @@ input.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import nn
 
 from rconv_fast.audit.structure import checked_shape, read_structure
+from rconv_fast.audit.tally import PhaseRank, Places, Tally, head_capacity, tally, union
 from rconv_fast.errors import require, require_type
-from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.affine import AffineRule, SumRule
 from rconv_fast.layers.average import AverageRule
@@ -34,13 +32,8 @@ from rconv_fast.walk.graph import Graph, Step
 
 # Of the outputs of an activation with flat pieces (ReLU) this share is expected to be invertible, unless measured.
 EXPECTED_ALIVE = 0.5
-
-
-class PhaseRank(NamedTuple):
-    """Gradient constraints and unknowns of one stride phase, for one channel of the input."""
-
-    rows: int
-    unknowns: int
+# With fewer gradient rows per unknown of a channel the positions of a max pooling were not found in any trial.
+HOPELESS = 2.0
 
 
 @dataclass(frozen=True)
@@ -154,16 +147,6 @@ def count_layers(
     return _Count(graph, batch_size, measured or Measured(), loss).run()
 
 
-def head_capacity(loss: str, classes: int, has_bias: bool) -> int:
-    """The largest batch that the last layer's gradient alone can be taken apart into.
-
-    Cross-entropy: ``n - B + 1`` equations for the B coordinates of a sample leave ``B <= n - 2`` in general.
-    """
-    if loss in ("cross_entropy", "nll"):
-        return max(1, classes - 2) if has_bias else max(1, classes - 3)
-    return 1
-
-
 class _Count:
     """The recursion of `walk` with shares instead of values: what would be known of each tensor, last layer first."""
 
@@ -223,7 +206,7 @@ class _Count:
             counted = self._count(step, consumers, share)
             self.known[step.name] = 1 - counted.unreached / counted.unknowns
             return
-        elif share < 1 and step.rule.needs_output:
+        elif share < 1 and step.rule.needs_output and not all(map(_is_pool, consumers)):
             reason = f"{step.rule.kind}, whose output the layers behind it do not determine"
             self.found[step.name] = LayerRank(step.label, step.rule.kind, reason=reason)
         elif share < 1:
@@ -247,6 +230,8 @@ class _Count:
             case SumRule():
                 others = [operand for operand in step.inputs if operand != name]
                 return self._share(behind) if all(map(self._computable, others)) else 0.0
+            case rule if rule.hidden and rule.needs_output:  # once its sides are found, it can be inverted
+                return self._share(behind)
             case _:
                 return 0.0
 
@@ -267,9 +252,23 @@ class _Count:
         """Equations for a tensor from its values behind: one a value, or one an average or a pool's window."""
         found = self._share(name) * self._numel(name)
         for behind, _ in self.graph.consumers[name]:
-            if isinstance(self.graph.steps[behind].rule, AverageRule) or _is_pool(self.graph.steps[behind]):
+            step = self.graph.steps[behind]
+            if isinstance(step.rule, AverageRule) or _is_pool(step):
                 found = max(found, self._share(behind) * self._numel(behind))
+            elif isinstance(step.rule, ActivationRule):
+                found = max(found, self._active_windows(step))
+            elif isinstance(step.rule, AffineRule):
+                found = max(found, self._equations(behind))
         return found
+
+    def _active_windows(self, activation: Step) -> float:
+        """Windows of a pool behind an activation in which some value can be inverted."""
+        pools = [name for name, _ in self.graph.consumers[activation.name] if _is_pool(self.graph.steps[name])]
+        if not pools:
+            return 0.0
+        windows = self._share(pools[0]) * self._numel(pools[0])
+        of_each = self._numel(activation.name) / self._numel(pools[0])
+        return float(windows * (1 - (1 - self._alive(activation)) ** of_each))
 
     def _numel(self, name: str) -> int:
         return self.batch * math.prod(self.graph.steps[name].shape[1:])
@@ -279,7 +278,7 @@ class _Count:
         layers = [consumer for consumer in consumers if isinstance(consumer.rule, ConvRule)]
         tallies = [self._tally(layer) for layer in layers]
         if len(layers) == len(consumers):
-            self.read[step.name] = _union([tally.read for tally in tallies])
+            self.read[step.name] = union([tally.read for tally in tallies])
         unknowns = self._numel(step.name)
         reached = max((tally.reached for tally in tallies), default=0)
         unreached = 0 if share > 0 else unknowns - reached
@@ -289,6 +288,7 @@ class _Count:
         rank = min(unknowns - unreached, equations)
         weights = math.floor(sum(self._paper_share(layer) * self._numel(layer.name) for layer in layers))
         gradients = sum(tally.gradients for tally in tallies)
+        hidden, rows_a_value = self._pattern(layers)
         named = layers or consumers
         label = " + ".join(layer.label for layer in named)
         counted = LayerRank(
@@ -304,8 +304,8 @@ class _Count:
             equations=equations,
             values=points + sum(values),
             unreached=unreached,
-            reason=self._shortfall(step, rank, unknowns, unreached),
-            pattern=self._pattern(layers),
+            reason=self._shortfall(step, rank, unknowns, unreached) or hidden * (rows_a_value < HOPELESS),
+            pattern=hidden,
         )
         self.found[named[-1].name] = counted
         return counted
@@ -346,7 +346,7 @@ class _Count:
         if not behind or not all(isinstance(rule, ActivationRule | AffineRule | SumRule) for _, rule in behind):
             return None
         found = [places for b, _ in behind if (places := self._with_gradient(b)) is not None]
-        return _union(found) if len(found) == len(behind) else None
+        return union(found) if len(found) == len(behind) else None
 
     def _paper_share(self, layer: Step) -> float:
         """The share of a layer's outputs that the paper's rule counts: what the activation behind it lets through."""
@@ -363,16 +363,17 @@ class _Count:
             case _:
                 return 0.0
 
-    def _pattern(self, layers: list[Step]) -> str:
-        """The hidden pattern behind a layer, and how hard it is by the gradient rows per unknown."""
+    def _pattern(self, layers: list[Step]) -> tuple[str, float]:
+        """The hidden pattern behind a layer and how hard it is, and its gradient rows per unknown of a channel."""
         pools = [pool for layer in layers if (pool := self._pool_behind(layer)) is not None]
         if not pools:
-            return ""
+            return "", math.inf
         rule = layers[0].rule
         assert isinstance(rule, ConvRule)
         filters = rule.geometry.out_channels // rule.geometry.groups
         ratio = filters * rule.geometry.n_taps / (self.batch * rule.geometry.n_input)
-        return f"{pools[0].rule.kind} hides its positions: {ratio:.1f} gradient rows per unknown, {_hardness(ratio)}"
+        hard = f"{pools[0].rule.kind} hides its positions: {ratio:.1f} gradient rows per unknown, {_hardness(ratio)}"
+        return hard, ratio
 
     def _pool_behind(self, layer: Step) -> Step | None:
         behind = [self.graph.steps[name] for name, _ in self.graph.consumers[layer.name]]
@@ -385,7 +386,8 @@ class _Count:
 
 
 def _is_pool(step: Step) -> bool:
-    return "maxpool" in step.rule.kind.lower().replace("_", "")
+    """Whether a step hides which of its inputs it passed on."""
+    return (step.rule.hidden and not step.rule.needs_output) or "maxpool" in step.rule.kind.lower().replace("_", "")
 
 
 def _hardness(ratio: float) -> str:
@@ -394,82 +396,4 @@ def _hardness(ratio: float) -> str:
         return "found in every trial"
     if ratio >= 3:
         return "found in most trials"
-    return "found in some trials" if ratio >= 2 else "not found in trials"
-
-
-# Of a tensor with one or more spatial axes: the positions on each of them.
-Places = tuple[frozenset[int], ...]
-
-
-def _union(places: Sequence[Places]) -> Places:
-    """The smallest box grid that holds all."""
-    return tuple(frozenset().union(*axis) for axis in zip(*places, strict=True))
-
-
-@dataclass(frozen=True)
-class Tally:
-    """The gradient constraints of one convolution: counts for all channels together, phases for one."""
-
-    gradients: int
-    phases: tuple[PhaseRank, ...]
-    rank: int
-    reached: int
-    read: Places
-    most: int
-
-
-def tally(
-    geometry: ConvGeometry,
-    batch: int,
-    filters: int,
-    live: Places | None = None,
-    averaged: tuple[int, ...] | None = None,
-) -> Tally:
-    """Count rows, rank bound and positions read, where `filters` and the outputs at `live` (all) have a gradient.
-
-    An average of size `averaged` behind gives all outputs of a window one gradient: what is seen of x is its sums over
-    windows, which cover the positions ``v t s + k d - p``, t the average's stride, and nothing else.
-    """
-    of_group = max(filters // geometry.groups, 1)
-    outputs = live or tuple(frozenset(range(size)) for size in geometry.out_size)
-    distinct = math.inf if averaged is None else math.prod(averaged)
-    phases, rank, reached = [], 0, 0
-    read: list[set[int]] = [set() for _ in outputs]
-    for phase in geometry.phases:
-        met = [_met(geometry, axis, taps, outputs[axis]) for axis, taps in enumerate(phase.taps)]
-        counts = [min(math.prod(map(len, choice)), distinct) for choice in itertools.product(*met)]
-        touched = batch * math.prod(len(frozenset().union(*taps)) for taps in met)
-        phases.append(PhaseRank(of_group * phase.n_taps, batch * phase.n_positions))
-        rank += int(min(touched, sum(min(of_group, batch * count) for count in counts)))
-        reached += touched
-        if touched:
-            for axis, taps in enumerate(met):
-                read[axis].update(*taps)
-    channels = geometry.in_channels
-    return Tally(
-        geometry.out_channels // geometry.groups * geometry.n_taps * channels,
-        tuple(phases),
-        channels * rank,
-        channels * reached,
-        tuple(map(frozenset, read)),
-        channels * batch * _window_sums(geometry, averaged),
-    )
-
-
-def _window_sums(geometry: ConvGeometry, averaged: tuple[int, ...] | None) -> int:
-    """How many sums over the average's windows the kernel's offsets meet; without an average, how many values."""
-    if averaged is None:
-        return geometry.n_input
-    total = 1
-    for axis, windows in enumerate(averaged):
-        step = geometry.out_size[axis] // windows * geometry.stride[axis]
-        offsets = range(0, geometry.kernel_size[axis] * geometry.dilation[axis], geometry.dilation[axis])
-        total *= len({v * step + offset for v in range(windows) for offset in offsets})
-    return total
-
-
-def _met(geometry: ConvGeometry, axis: int, taps: Sequence[int], outputs: frozenset[int]) -> list[set[int]]:
-    """For each offset k of a phase, the input positions ``u s + k d - p`` that it meets from the given outputs u."""
-    s, d, p = geometry.stride[axis], geometry.dilation[axis], geometry.padding[axis]
-    size = geometry.input_size[axis]
-    return [{i for u in outputs if 0 <= (i := u * s + tap * d - p) < size} for tap in taps]
+    return "found in some trials" if ratio >= HOPELESS else "not found in trials"
