@@ -165,12 +165,10 @@ def test_coordinate_descent_finds_the_positions_at_the_true_input() -> None:
 
 def test_the_first_of_equal_outputs_is_the_position_as_in_torch() -> None:
     windows = Windows.create((4, 4), (2, 2), (2, 2), (0, 0), (1, 1))
-    flat = torch.ones(1, 1, 4, 4)
+    flat = torch.ones(1, 1, 4, 4, dtype=torch.float64)
     _, index = F.max_pool2d(flat, 2, return_indices=True)
-    rounded = flat + 1e-14 * torch.rand(1, 1, 4, 4, dtype=torch.float64)
-    value = flat.new_ones(1, 1, 4)
-    maxima = Maxima.create(windows, value, value, value > 0)
-    assert torch.equal(maxima.positions(rounded.flatten(2), 1e-10), index.flatten(2))
+    rounded = flat + 1e-14 * torch.rand_like(flat)
+    assert torch.equal(windows.first_largest(rounded.flatten(2)), index.flatten(2))
 
 
 def test_overlapping_windows_leave_few_candidates() -> None:

@@ -161,10 +161,3 @@ class Maxima:
         highest = self.windows.gather(o).amax(-1)
         miss = torch.where(self.known, (highest - self.value).abs(), (highest - self.bound).clamp_min(0))
         return float(miss.mean() / self.value.abs().mean())
-
-    def positions(self, o: Tensor, tie: float) -> Tensor:
-        """Flat positions (B, F, V) by torch's rule: of equal outputs (up to `tie`, relative) the first wins."""
-        outputs = self.windows.gather(o)
-        close = tie * float(o.abs().max())
-        first = (outputs >= outputs.amax(-1, keepdim=True) - close).to(torch.uint8).argmax(-1)
-        return self.windows.index.expand(*first.shape, -1).gather(-1, first[..., None])[..., 0]

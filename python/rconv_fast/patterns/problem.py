@@ -84,7 +84,7 @@ class Reading:
     g : Tensor
         dL/do.
     target, weight : Tensor
-        The values outputs have, and how much each is believed (0: not known).
+        The values outputs have, and the weight of the squared miss of each (0: not known).
     """
 
     g: Tensor
@@ -135,5 +135,5 @@ class Problem:
         c = self.convolution
         blocks: list[Rows] = [GradientRows.create(c.geometry, c.grad_weight, c.as_planes(reading.g))]
         output = c.as_planes(reading.target - c.bias[:, None])
-        values = WeightRows.create(c.geometry, c.weight, output, c.as_planes(reading.weight))
+        values = WeightRows.create(c.geometry, c.weight, output, c.as_planes(reading.weight.sqrt()))
         return System(c.shape, (*blocks, values) if values.count else tuple(blocks))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rconv_fast.geometry import Size
 
+# Values this close, relative to the largest of the plane, are equal: a flat background, rounded.
+TIE = 1e-12
 Spans = list[list[int]]
 
 
@@ -88,6 +90,13 @@ class Windows:
         """The values of each window, (B, F, n) -> (B, F, V, Q)."""
         edge = plane.new_full((*plane.shape[:-1], 1), outside)
         return torch.cat([plane, edge], dim=-1)[..., self.index]
+
+    def first_largest(self, plane: Tensor, tie: float = TIE) -> Tensor:
+        """Flat positions (B, F, V) of the maxima by torch's rule: of equal values (up to `tie`, relative) the first."""
+        values = self.gather(plane)
+        close = tie * float(plane.abs().max())
+        first = (values >= values.amax(-1, keepdim=True) - close).to(torch.uint8).argmax(-1)
+        return self.index.expand(*first.shape, -1).gather(-1, first[..., None])[..., 0]
 
     def add(self, values: Tensor) -> Tensor:
         """The sum at each position of what its windows hold there, (B, F, V, Q) -> (B, F, n)."""
