@@ -14,6 +14,7 @@ from rconv_fast.layers import activation
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.registry import unsupported
+from rconv_fast.layers.valley import GELU, LEFT, RIGHT, ValleyRule, valley_of_module
 
 # Table 1 of R-CONV, then what else fits. Each module beside the functional calls that must mean the same.
 TABLE_1 = {
@@ -168,14 +169,34 @@ def test_prelu_has_a_slope_a_channel() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.GLU()],
-    ids=lambda module: type(module).__name__,
+    [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish()],
+    ids=str,
 )
-def test_non_monotone_activations_are_refused(module: nn.Module) -> None:
-    assert activation.of_module(module) is None
-    assert activation.of_function(type(module).__name__.lower()) is None
-    for kind in (type(module).__name__, type(module).__name__.lower()):
-        assert "not monotone" in unsupported(kind).reason
+def test_activations_that_fall_then_rise_are_inverted_on_either_side(module: nn.Module) -> None:
+    assert activation.of_module(module) is None, "no function of the output alone"
+    valley = valley_of_module(module)
+    assert valley is not None
+    o = torch.linspace(-2.9, 4, 301, dtype=torch.float64)
+    a, slope = forward_and_slope(module, o)
+    side = ValleyRule(valley).at(ValleyRule(valley).piece_of(o))
+    # torch's own backward of Hardswish has its constants in single precision
+    torch.testing.assert_close(side.pull_gradient(torch.ones_like(a), a, 0, o.shape), slope, rtol=1e-6, atol=1e-9)
+    known = side.pull_value(Knowledge.full(a), 0, [None])
+    clear = slope.abs() > 1e-3
+    torch.testing.assert_close(known.value[clear], o[clear], rtol=1e-9, atol=1e-11)
+
+
+def test_outputs_that_have_underflowed_say_nothing_of_their_inputs() -> None:
+    o = torch.tensor([-60.0, 1.0], dtype=torch.float64)
+    a = nn.functional.gelu(o)
+    side = ValleyRule(GELU).at(torch.tensor([LEFT, RIGHT]))
+    known = side.pull_value(Knowledge.full(a), 0, [None])
+    assert known.weight[0] == 0 < known.weight[1]
+    assert side.pull_gradient(torch.ones_like(a), a, 0, a.shape)[0] == 0
+
+
+def test_glu_is_refused() -> None:
+    assert "not monotone" in unsupported("GLU").reason
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
 
 # Monotone with some parameters only (and, for RReLU, in evaluation mode).
 MONOTONE_IN_PART = (nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Softplus, nn.ELU, nn.CELU)
-NOT_MONOTONE = ("gelu", "silu", "mish", "hardswish", "glu")
+NOT_MONOTONE = ("glu",)
 
 
 def of_function(name: str, *args: Any, **kwargs: Any) -> Activation | None:

@@ -34,6 +34,10 @@ class Rule:
         """The rule of this layer with every value on the linear piece that `piece` names; only if `hidden`."""
         raise NotImplementedError
 
+    def piece_of(self, x: Tensor) -> Tensor:
+        """The linear pieces that an input's values are on, as a forward run takes them; only if `hidden`."""
+        raise NotImplementedError
+
     def pull_gradient(self, grad: Tensor, y: Tensor | None, operand: int, shape: torch.Size) -> Tensor:
         """``dL/dx`` of one operand of the given shape, from ``dL/dy`` (and y where `needs_output`)."""
         raise NotImplementedError

@@ -17,7 +17,9 @@ from rconv_fast.layers.affine import AffineRule, SumRule
 from rconv_fast.layers.average import AverageRule
 from rconv_fast.layers.base import Rule, UnsupportedRule
 from rconv_fast.layers.conv import ConvRule, Stored
+from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.rearrange import RearrangeRule
+from rconv_fast.layers.valley import VALLEY_CALLS, ValleyRule, valley_of_call, valley_of_module
 
 GradientOf = Callable[[Tensor | None], Tensor | None]
 
@@ -69,6 +71,10 @@ REARRANGE_CALLS = {
 SUM_CALLS = {"add", "iadd", "add_", "sub", "isub", "sub_", "rsub"}
 SCALE_CALLS = {"mul", "imul", "mul_", "truediv", "itruediv", "div", "div_", "neg"}
 IDENTITY_CALLS = {"contiguous", "clone", "to", "float", "double"}
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+ADAPTIVE_MAX_POOLS = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+MAX_POOL_CALLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
+ADAPTIVE_MAX_POOL_CALLS = {"adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}
 CONV_CALLS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
 WHY_NOT = {
     "MaxPool": "a maximum hides which inputs it passed over",
@@ -145,6 +151,8 @@ def module_rule(module: nn.Module, call: Call) -> Rule | None:
 
 def _activation_rule(module: nn.Module, call: Call) -> Rule:
     kind = type(module).__name__
+    if (valley := valley_of_module(module)) is not None:
+        return ValleyRule(valley)
     inverse = activation.of_module(module)
     if inverse is None and isinstance(module, activation.MONOTONE_IN_PART):
         return UnsupportedRule(kind, f"{module}, which is not monotone with these parameters")
@@ -186,6 +194,30 @@ def _average_module(module: nn.Module, call: Call) -> Rule:
     return AverageRule(type(module).__name__, call.forward)
 
 
+def _max_pool_module(module: Any, call: Call) -> Rule:
+    sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return _max_pool_rule(type(module).__name__, call, *sizes, module.ceil_mode)
+
+
+def _max_pool_rule(kind: str, call: Call, *sizes: Any) -> Rule:
+    (x,) = call.operands
+    return MaxPoolRule.create(kind, x, *sizes) if _has_batch_axis(kind, x) else _unbatched(kind)
+
+
+def _adaptive_max_pool_rule(kind: str, call: Call) -> Rule:
+    (x,) = call.operands
+    return MaxPoolRule.adaptive(kind, x, call.forward(x)) if _has_batch_axis(kind, x) else _unbatched(kind)
+
+
+def _has_batch_axis(kind: str, x: Tensor) -> bool:
+    """Whether x has two axes beside the positions of a ...1d to ...3d layer."""
+    return x.ndim == int(kind[-2]) + 2
+
+
+def _unbatched(kind: str) -> UnsupportedRule:
+    return UnsupportedRule(kind, f"{kind} on an input without batch axis")
+
+
 def unsupported(kind: str) -> UnsupportedRule:
     """The reason why a kind of layer stops the recursion."""
     if kind.lower() in activation.NOT_MONOTONE:
@@ -211,7 +243,7 @@ def conv_rule(
     (x,) = call.operands
     padding = 0 if isinstance(padding, str) else padding
     if x.ndim != weight.ndim:
-        return UnsupportedRule(kind, f"{kind} on an input without batch axis")
+        return _unbatched(kind)
     geometry = ConvGeometry.create(
         "invert", x.shape[1], len(weight), x.shape[2:], weight.shape[2:], stride, padding, dilation, groups
     )
@@ -267,6 +299,11 @@ def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[st
         return RearrangeRule.create(name, call.forward, call.operands)
     if name in AVERAGE_CALLS:
         return AverageRule(name, call.forward)
+    if name in MAX_POOL_CALLS:
+        bound = _bind(args, kwargs, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False)
+        return _max_pool_rule(name, call, *bound.values())
+    if name in ADAPTIVE_MAX_POOL_CALLS:
+        return _adaptive_max_pool_rule(name, call)
     if name == "linear":
         return linear_rule(name, call, *_bind(args, kwargs, weight=None, bias=None).values())
     if name in CONV_CALLS:
@@ -274,6 +311,8 @@ def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[st
         if bound["padding"] == "same":
             return UnsupportedRule(name, f"padding {bound['padding']!r} in a functional convolution")
         return conv_rule(name, call, **bound)
+    if name in VALLEY_CALLS and len(call.operands) == 1:
+        return ValleyRule(valley_of_call(name, kwargs.get("approximate", "none")))
     if len(call.operands) == 1 and not (set(kwargs) & {"input", "self"}):
         inverse = activation.of_function(name, *args[1:], **kwargs)
         if inverse is not None:
@@ -317,6 +356,8 @@ for _layers, _build in (
     ((nn.Upsample,), _upsample_module),
     (REARRANGEMENTS, _rearrange_module),
     (AVERAGES, _average_module),
+    (MAX_POOLS, _max_pool_module),
+    (ADAPTIVE_MAX_POOLS, lambda module, call: _adaptive_max_pool_rule(type(module).__name__, call)),
 ):
     for _layer in _layers:
         register_rule(_layer, _build)

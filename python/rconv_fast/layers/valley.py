@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rconv_fast.layers.base import Operands, Rule
@@ -79,6 +79,26 @@ class Valley:
 
 GELU, GELU_TANH = Valley("GELU", F.gelu), Valley("GELU", lambda o: F.gelu(o, approximate="tanh"))
 SILU, MISH, HARDSWISH = Valley("SiLU", F.silu), Valley("Mish", F.mish), Valley("Hardswish", F.hardswish)
+VALLEY_CALLS = {"gelu": GELU, "silu": SILU, "mish": MISH, "hardswish": HARDSWISH}
+
+
+def valley_of_module(module: nn.Module) -> Valley | None:
+    """The valley a module computes, or None."""
+    match module:
+        case nn.GELU():
+            return valley_of_call("gelu", module.approximate)
+        case nn.SiLU():
+            return SILU
+        case nn.Mish():
+            return MISH
+        case nn.Hardswish():
+            return HARDSWISH
+    return None
+
+
+def valley_of_call(name: str, approximate: str) -> Valley:
+    """The valley of a function or method."""
+    return GELU_TANH if approximate == "tanh" else VALLEY_CALLS[name]
 
 
 @dataclass(frozen=True)

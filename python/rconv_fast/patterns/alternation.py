@@ -22,6 +22,8 @@ START_GRADIENT = 0.3
 SMOOTH, SMALL = 0.1, 1e-3
 # A filter's rows weigh ``s^2 / (v_f + 0.05 median v)``, v_f their mean square misfit.
 FLOOR = 0.05
+# and at most this many times what makes both kinds of rows count the same: fewer rows than unknowns fit any input.
+MOST = 10.0
 # Misfit from which the pattern is worth a tight solve.
 GATE = 1e-3
 # The alternation gives up after so many iterations that do not gain a tenth.
@@ -133,12 +135,13 @@ def _balance(problem: Problem, reading: Reading) -> Tensor:
 
 
 def _filter_weights(problem: Problem, x: Tensor, reading: Reading, sigma: float) -> Tensor:
-    """``s^2 / (v_f + 0.05 median v)`` (F,), 0 for a filter without gradient."""
+    """``s^2 / (v_f + 0.05 median v)`` (F,), bounded, 0 for a filter without gradient."""
     c = problem.convolution
     miss = (c.weight_gradient(x, reading.g) - c.grad_weight).square().flatten(1).mean(1)
     tiny = torch.finfo(miss.dtype).tiny
     alive = reading.g.any(-1).any(0)
-    return torch.where(alive, sigma**2 / (miss + FLOOR * miss.median() + tiny), 0.0)
+    weight = sigma**2 / (miss + FLOOR * miss.median() + tiny)
+    return torch.where(alive, torch.minimum(weight, MOST * _balance(problem, reading)), 0.0)
 
 
 def _stalled(history: list[float]) -> bool:

@@ -63,8 +63,11 @@ class Branches:
         """The inputs on the given sides."""
         right, left = self._sides
         on_left = pattern == LEFT
-        pairs = ((right.g, left.g), (right.target, left.target), (right.weight, left.weight))
-        return Reading(*(torch.where(on_left, l, r) for r, l in pairs))
+        return Reading(
+            torch.where(on_left, left.g, right.g),
+            torch.where(on_left, left.target, right.target),
+            torch.where(on_left, left.weight, right.weight),
+        )
 
     def residual(self, o: Tensor, pattern: Tensor) -> Tensor:
         """``o - o(a)`` where o(a) is known."""
@@ -80,6 +83,10 @@ class Branches:
     def refined(self, convolution: Convolution, x: Tensor, pattern: Tensor, sigma: float) -> Tensor:
         """The same: there is nothing that gradients would choose better."""
         return pattern
+
+    def pieces(self, o: Tensor, tie: float) -> Tensor:
+        """Sides (B, F, U)."""
+        return self.choose(o)
 
     def misfit(self, o: Tensor) -> float:
         """``mean |f(o) - a| / mean |a|``."""

@@ -18,8 +18,9 @@ from rconv_fast.geometry import ConvGeometry
 from rconv_fast.patterns.problem import Convolution, Reading
 from rconv_fast.solve.phases.gram import input_gram
 
-# Unknowns up to which the whole normal matrix is factored: half a second.
-MAX_DENSE = 1700
+# Unknowns, and products of two weights at all outputs, up to which the whole normal matrix is formed and factored: less
+# time than the iteration takes.
+MAX_DENSE, MAX_PRODUCTS = 1700, 2_000_000
 # Added to the diagonal, in units of its mean, so that rounding does not make a singular matrix indefinite.
 SAFE, SAFER = 1e-13, 1e-9
 ITERATIONS, RTOL = 40, 1e-13
@@ -55,9 +56,14 @@ class WeightedSolver:
         size = float(gram.diagonal(dim1=1, dim2=2).mean()) + value_diagonal
         gram = gram + torch.block_diag(*[ridge * size * self.roughness] * c.batch)
         gram.diagonal(dim1=1, dim2=2).add_(SAFE * size)
-        if math.prod(c.shape) <= MAX_DENSE:
+        if math.prod(c.shape) <= MAX_DENSE and self._products <= MAX_PRODUCTS:
             return self._dense(gram, reading.weight, rhs, size)
         return self._iterate(gram, reading.weight, rhs, value_diagonal, start)
+
+    @property
+    def _products(self) -> int:
+        g = self.convolution.geometry
+        return self.convolution.batch * g.groups * (g.in_channels // g.groups * g.n_taps) ** 2 * g.n_output
 
     @cached_property
     def roughness(self) -> Tensor:

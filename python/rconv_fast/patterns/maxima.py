@@ -156,6 +156,10 @@ class Maxima:
         above = torch.where((excess > 0) & ~taken, 1 / (1 + (excess / trust).square()), 0.0)
         return Reading(self.gradient(chosen), self.target, self.windows.largest(chosen * weight[..., None]) + above)
 
+    def pieces(self, o: Tensor, tie: float) -> Tensor:
+        """Flat positions (B, F, V)."""
+        return self.windows.first_largest(o, tie)
+
     def misfit(self, o: Tensor) -> float:
         """``mean |max o - m| / mean |m|``; windows that are only bounded miss by what they exceed it."""
         highest = self.windows.gather(o).amax(-1)

@@ -113,6 +113,9 @@ class Hidden(Protocol):
     def refined(self, convolution: Convolution, x: Tensor, pattern: Tensor, sigma: float) -> Tensor:
         """The pattern that gradients and values favour together at a fixed x; `sigma` the size of the misfit."""
 
+    def pieces(self, o: Tensor, tie: float) -> Tensor:
+        """The pieces of a forward run as a `Pattern` holds them; outputs that differ by `tie` (relative) are equal."""
+
     def misfit(self, o: Tensor) -> float:
         """Relative mismatch of what is seen behind the hidden layer."""
 

@@ -15,6 +15,7 @@ from rconv_fast.errors import ArgumentError, RconvError, UnsupportedModelError
 from rconv_fast.layers.activation import Activation, ActivationRule
 from rconv_fast.layers.base import Rule, UnsupportedRule
 from rconv_fast.layers.check import check_rule
+from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.layers.registry import (
     CONVOLUTIONS,
@@ -78,7 +79,7 @@ class Graph:
         rule, found = self.steps[name].rule, []
         if isinstance(rule, ActivationRule):
             return [rule.activation]
-        if not isinstance(rule, RearrangeRule):
+        if not isinstance(rule, RearrangeRule | MaxPoolRule):
             return None
         for operand in self.steps[name].inputs:
             behind = self.activations(operand)

@@ -120,6 +120,14 @@ class Known:
     reports: Mapping[str, LayerReport] = field(default_factory=dict)
     open: frozenset[str] = frozenset()
 
+    def and_also(self, other: Known) -> Known:
+        """Both."""
+        return Known(
+            {**self.values, **other.values},
+            {**self.determined, **other.determined},
+            {**self.reports, **other.reports},
+        )
+
 
 @dataclass(frozen=True)
 class Options:
@@ -265,7 +273,7 @@ class _Recursion:
                 reason = f"{rule.kind}, whose output the layers behind it do not determine"
                 if y is not None:
                     reason = f"{rule.kind}, of which no pattern was found"
-                raise _Halt(Stop(name, consumer.label, reason, hidden=rule.hidden and y is not None))
+                raise _Halt(Stop(name, consumer.label, reason, hidden=rule.hidden))
             total = total + rule.pull_gradient(self.grads[name], y, operand, step.shape)
         return total
 

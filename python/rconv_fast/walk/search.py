@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.patterns.pattern import Pattern
+from rconv_fast.patterns.search import find_pattern
 from rconv_fast.patterns.threshold import THRESHOLD_FACTOR
 from rconv_fast.progress import Event
 from rconv_fast.walk.graph import Graph
@@ -32,12 +33,20 @@ class Found:
 
 
 def passes(graph: Graph, grad_logits: Tensor, known: Known, pattern: Pattern, options: Options) -> tuple[Pass, Pattern]:
-    """One pass to its end: where equations contradict, thresholds are tried again."""
+    """One pass to its end: hidden patterns in its way are searched; where equations contradict, thresholds anew."""
     passed = run_pass(graph, grad_logits, known, pattern, options)
-    while passed.contradiction is not None and passed.stop is None:
-        passed, pattern = _other_thresholds(graph, grad_logits, pattern, options, passed)
-        passed = run_pass(graph, grad_logits, passed.known(), pattern, options)
-    return passed, pattern
+    while True:
+        if passed.stop is not None and passed.stop.hidden:
+            found = find_pattern(graph, passed, options)
+            if not found.pieces:
+                return replace(passed, stop=replace(passed.stop, reason=found.reason)), pattern
+            pattern = pattern.with_pieces(found.pieces, origin=pattern.origin)
+            passed = run_pass(graph, grad_logits, passed.known().and_also(found.known), pattern, options)
+        elif passed.contradiction is not None and passed.stop is None:
+            passed, pattern = _other_thresholds(graph, grad_logits, pattern, options, passed)
+            passed = run_pass(graph, grad_logits, passed.known(), pattern, options)
+        else:
+            return passed, pattern
 
 
 def _other_thresholds(
@@ -63,12 +72,13 @@ def _other_thresholds(
 
 
 def forward_pieces(graph: Graph, inputs: Tensor) -> dict[str, Tensor]:
-    """The output of every activation when the model is run on `inputs`."""
-    return {
-        name: value
-        for name, value in graph.forward(inputs).items()
-        if isinstance(graph.steps[name].rule, ActivationRule)
-    }
+    """The pieces of a forward run: the output of every activation, positions and sides where those are hidden."""
+    values = graph.forward(inputs)
+    pieces = {name: value for name, value in values.items() if isinstance(graph.steps[name].rule, ActivationRule)}
+    for step in graph.steps.values():
+        if step.rule.hidden:
+            pieces[step.name] = step.rule.piece_of(values[step.inputs[0]])
+    return pieces
 
 
 def recover(

@@ -1,0 +1,120 @@
+"""Networks as people train them, end to end: max pooling and activations with a valley, exact through all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attacks import Attack, assert_recovered, attack, photo
+from rconv_fast.layers.pool import MaxPoolRule
+from rconv_fast.layers.valley import ValleyRule
+from rconv_fast.walk.graph import build_graph
+
+GREY = photo(16, channels=1)
+
+
+def norm(channels: int) -> nn.Module:
+    """Batch norm in evaluation mode with statistics of its own; half of its channels are turned round."""
+    layer = nn.BatchNorm2d(channels).eval()
+    nn.init.normal_(layer.running_mean, std=0.2)
+    nn.init.uniform_(layer.running_var, 0.5, 2)
+    with torch.no_grad():
+        layer.weight[::2] *= -1
+    return layer
+
+
+def digit() -> Tensor:
+    """A stroke on a flat background."""
+    x = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
+    x[..., 4:12, 6:9] = photo(16, channels=1)[..., 4:12, 6:9]
+    return x
+
+
+def blocks(*between: Callable[[int], list[nn.Module]]) -> nn.Sequential:
+    """Two convolutions of 24 and 48 filters, what stands behind each, one linear layer."""
+    first, second = between * (3 - len(between))
+    body = nn.Sequential(nn.Conv2d(1, 24, 5, padding=2), *first(24), nn.Conv2d(24, 48, 5, padding=2), *second(48))
+    width = body(torch.zeros(1, 1, 16, 16)).numel()
+    return nn.Sequential(*body, nn.Flatten(), nn.Linear(width, 10))
+
+
+NETWORKS = {
+    "ReLU, then pool": lambda: blocks(lambda _: [nn.ReLU(), nn.MaxPool2d(2)]),
+    "pool, then ReLU": lambda: blocks(lambda _: [nn.MaxPool2d(2), nn.ReLU()]),
+    "norm, ReLU, pool": lambda: blocks(lambda c: [norm(c), nn.ReLU(), nn.MaxPool2d(2)]),
+    "overlapping": lambda: blocks(lambda _: [nn.ReLU(), nn.MaxPool2d(3, 2, 1)]),
+    "adaptive": lambda: blocks(lambda c: [nn.ReLU(), nn.AdaptiveMaxPool2d(8 if c == 24 else (4, 3))]),
+    "tanh": lambda: blocks(lambda _: [nn.Tanh(), nn.MaxPool2d(2)]),
+}
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS.keys())
+def test_max_pools_are_passed(make: Callable[[], nn.Module]) -> None:
+    done = assert_recovered(make(), GREY)
+    assert sum(bool(layer.patterns) for layer in done.result.layers) == 2
+    assert all(layer.proof == "pattern" for layer in done.result.layers if layer.patterns)
+
+
+def test_flat_backgrounds_tie_as_in_torch() -> None:
+    assert_recovered(NETWORKS["ReLU, then pool"](), digit())
+
+
+def test_float32_gradients_are_certified_to_their_own_precision() -> None:
+    done: Attack = attack(NETWORKS["ReLU, then pool"](), GREY.float(), torch.tensor([1]))
+    assert done.result.verified, done.result.summary()
+    assert done.psnr > 90
+
+
+class Functional(nn.Module):
+    """Pools and activations as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 24, 5, padding=2)
+        self.head = nn.Linear(24 * 12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.max_pool1d(F.relu(self.conv(x)), 2).flatten(1))
+
+
+def test_functions_and_one_dimension() -> None:
+    assert_recovered(Functional(), photo(24, channels=1)[:, :, 12])
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Mish(), nn.Hardswish()], ids=str)
+def test_activations_with_a_valley_are_passed(activation: nn.Module) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 5, 2, 2), activation, nn.Conv2d(24, 32, 3, 2, 1), activation,
+        nn.Flatten(), nn.Linear(32 * 16, 32), activation, nn.Linear(32, 10),
+    )  # fmt: skip
+    assert_recovered(model, photo(16))
+
+
+def test_what_no_pattern_determines_is_said_beforehand() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
+    result = attack(model.double(), photo(16)).result
+    assert not result.verified
+    assert result.stops_at == "2"
+    assert "do not determine the input" in result.reason
+
+
+def test_rules_read_the_pieces_of_a_forward_run() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.MaxPool2d(3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(256, 3)
+    ).double()
+    graph = build_graph(model, {}, (1, 18, 18), 1)
+    x = model[0](photo(18, channels=1)).detach()
+    rules = [step.rule for step in graph.steps.values() if step.rule.hidden]
+    pool, valley = rules
+    assert isinstance(pool, MaxPoolRule)
+    assert isinstance(valley, ValleyRule)
+    value, index = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+    assert torch.equal(pool.piece_of(x), index)
+    grad = torch.randn_like(value)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(F.max_pool2d(leaf, 3, 2, 1), leaf, grad)
+    assert torch.equal(pool.at(index).pull_gradient(grad, value, 0, x.shape), expected)
