@@ -15,13 +15,13 @@ from attacks import photo
 from layers import random_weight
 from rconv_fast.budget import Budget
 from rconv_fast.geometry import ConvGeometry
+from rconv_fast.layers.windows import Windows
 from rconv_fast.patterns.alternation import DESCENT, GENTLE, SHARP, SOFT, alternate
 from rconv_fast.patterns.certificate import certify
 from rconv_fast.patterns.descent import descend
 from rconv_fast.patterns.least_squares import WeightedSolver, value_gram
 from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.problem import Convolution, Problem, Reading
-from rconv_fast.patterns.windows import Windows
 from rconv_fast.solve import WeightRows
 
 POOLS = {

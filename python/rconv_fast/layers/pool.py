@@ -11,7 +11,7 @@ from torch import Tensor
 from rconv_fast.geometry import as_tuple
 from rconv_fast.layers.base import Rule
 from rconv_fast.layers.rearrange import RearrangeRule
-from rconv_fast.patterns.windows import Windows
+from rconv_fast.layers.windows import Windows
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rconv_fast.layers.windows import Windows
 from rconv_fast.patterns.descent import descend
 from rconv_fast.patterns.problem import Convolution, Reading
-from rconv_fast.patterns.windows import Windows
 
 if TYPE_CHECKING:
     from rconv_fast.patterns.alternation import Schedule
