@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,13 +87,14 @@ class Outcome:
     reason: str = ""
 
 
-def attacked(line: Line, picture: Tensor) -> Outcome:
+def attacked(line: Line, time_limit: float, picture: Tensor) -> Outcome:
     given = line.leak(picture)
     start = time.perf_counter()
     _, found = line.run(given)
     seconds = time.perf_counter() - start
     usable = found.inputs is not None and found.inputs.shape == given.x.shape
-    return Outcome(found.inputs[0].detach().double() if usable else None, seconds, found.verified, found.reason)
+    reason = "cut at the time limit" if seconds > time_limit else found.reason
+    return Outcome(found.inputs[0].detach().double() if usable else None, seconds, found.verified, reason)
 
 
 def attacked_by_peer(peer: str, checkout: Path, more: Sequence[str], picture: Tensor) -> Outcome:
@@ -102,7 +104,9 @@ def attacked_by_peer(peer: str, checkout: Path, more: Sequence[str], picture: Te
 
 def result(name: str, attack: str, pictures: Sequence[Tensor], outcomes: Sequence[Outcome]) -> dict[str, Any]:
     pairs = [(o.picture, p) for o, p in zip(outcomes, pictures, strict=True) if o.picture is not None]
-    reasons = sorted({o.reason for o in outcomes if o.picture is None and o.reason})
+    reasons = [
+        f"{n} of {len(outcomes)} {reason}" for reason, n in Counter(o.reason for o in outcomes if o.reason).items()
+    ]
     proven = sum(o.verified for o in outcomes)
     note = "; ".join([*reasons, *([f"{proven} of {len(outcomes)} verified"] if attack == "ours" else [])])
     return {
@@ -156,7 +160,9 @@ class Job:
 
 
 def jobs_of(arguments: argparse.Namespace) -> list[Job]:
-    found = [Job(a.data, a.name, a.attack, partial(attacked, a)) for a in lines(arguments.time_limit)]
+    found = [
+        Job(a.data, a.name, a.attack, partial(attacked, a, arguments.time_limit)) for a in lines(arguments.time_limit)
+    ]
     for peer, checkout, data, name, more in (
         ("rrconv", arguments.peer_rrconv, "cifar100", "lenet_o sigmoid", ("lenet_o", "sigmoid")),
         ("rrconv", arguments.peer_rrconv, "cifar100", "lenet_o relu", ("lenet_o", "relu")),

@@ -25,7 +25,7 @@ def test_every_figure_of_the_paper_has_its_lines() -> None:
 def test_a_line_is_measured_and_becomes_a_row(activation: str, recovered: bool, tmp_path: Path) -> None:
     (line,) = [a for a in paper.lines(1.0) if (a.attack, a.activation) == ("R-GAP", activation)]
     picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    outcome = paper.attacked(line, picture)
+    outcome = paper.attacked(line, 60.0, picture)
     made = paper.result(line.name, line.attack, [picture], [outcome])
     row = publish.tables([made]).splitlines()[2]
     if recovered:

@@ -34,8 +34,8 @@ class Options(TypedDict, total=False):
         Labels (targets where the loss takes values); found where the method can.
     loss, reduction, label_smoothing, class_weights
         The client's loss, see ``rconv_fast.losses.Loss``.
-    scale : float
-        Factor by which the gradients are multiplied, 1 if not given.
+    scale : float or None
+        Factor by which the gradients are multiplied; None, not known, is taken as 1.
     noise : float, mapping or None
         Standard deviation of the entries, relative to each tensor's root mean square or by parameter name.
     dtype : torch.dtype
@@ -54,7 +54,7 @@ class Options(TypedDict, total=False):
     reduction: str
     label_smoothing: float
     class_weights: Tensor | None
-    scale: float
+    scale: float | None
     noise: float | Noise | None
     dtype: torch.dtype
     time_limit: float | None
