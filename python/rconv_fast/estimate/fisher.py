@@ -91,12 +91,11 @@ def _structure(problem: GradientMap) -> _Structure | None:
     graph = problem.graph
     if graph is None:
         return None
-    names = {p.data_ptr(): name for name, p in problem.parameters.items()}
     layers = []
     for step in graph.steps.values():
         if isinstance(step.rule, ConvRule):
-            bias = None if step.rule.stored.bias is None else names.get(step.rule.stored.bias.data_ptr())
-            layers.append(_Layer(step, step.rule, names.get(step.rule.stored.weight.data_ptr()), bias))
+            stored = step.rule.stored
+            layers.append(_Layer(step, step.rule, problem.name_of(stored.weight), problem.name_of(stored.bias)))
     if not layers:
         return None
     order = list(graph.steps)
@@ -188,11 +187,11 @@ def _add_layer(
     if geometry.n_input == 1:
         fisher.add_single(torch.einsum("bf,fc,ef->cbe", g.flatten(1), w.flatten(1).square(), g.flatten(1)), tangent)
         return
-    for channel, block in _input_normals(geometry, g, w):
+    for channel, block in input_normals(geometry, g, w):
         fisher.add(block, tangent, channel, len(a), geometry)
 
 
-def _input_normals(geometry: ConvGeometry, g: Tensor, w: Tensor) -> Iterator[tuple[int, Tensor]]:
+def input_normals(geometry: ConvGeometry, g: Tensor, w: Tensor) -> Iterator[tuple[int, Tensor]]:
     """``M`` (B P, B P) of each channel of a layer's input."""
     filters, channels = geometry.out_channels // geometry.groups, geometry.in_channels // geometry.groups
     per_filter = bool((w == w.flatten(1)[:, 0].reshape(-1, *(1,) * (w.ndim - 1))).all())
@@ -320,7 +319,7 @@ class _Tangents:
         result = rule.weight.new_zeros(step.shape[0] * outputs, self._n)
         for b in range(step.shape[0]):
             mine = live[b * outputs : (b + 1) * outputs]
-            rows, target = _dense_rows(rule, mine), result[b * outputs : (b + 1) * outputs]
+            rows, target = dense_rows(rule, mine), result[b * outputs : (b + 1) * outputs]
             if before is None:
                 target[mine, b * inputs : (b + 1) * inputs] = rows
             else:
@@ -365,7 +364,7 @@ def _sparse_product(rows: Tensor, a: Tensor, live: Tensor, positions: int, targe
         target[outputs[mine][:, None], reached] = block[:, seen] @ part[:, reached]
 
 
-def _dense_rows(rule: ConvRule, live: Tensor) -> Tensor:
+def dense_rows(rule: ConvRule, live: Tensor) -> Tensor:
     """The rows (F U, C P) of a layer's matrix where `live`."""
     g = rule.geometry
     if g.n_taps == g.n_input == g.groups == 1 and g.padding == (0,):

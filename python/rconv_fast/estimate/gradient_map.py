@@ -92,6 +92,11 @@ class GradientMap:
             p.requires_grad_(True)
         return found
 
+    def name_of(self, stored: Tensor | None) -> str | None:
+        """Which seen parameter a layer's stored weight or bias is."""
+        found = (n for n, p in self.parameters.items() if stored is not None and p.data_ptr() == stored.data_ptr())
+        return next(found, None)
+
     def weight(self, name: str) -> Tensor:
         """``1 / sigma``, 0 where sigma is infinite."""
         return 1 / self.sigma[name]
