@@ -1,7 +1,8 @@
 """The joint estimate: all gradients at once, weighted by their noise, with error bars; and the bound on it."""
 
+from rconv_fast.estimate.answer import joint_answer
 from rconv_fast.estimate.bounds import Bound, cramer_rao, fisher_matrix
 from rconv_fast.estimate.joint import Estimate, estimate
 from rconv_fast.estimate.noise_model import noise_of
 
-__all__ = ["Bound", "Estimate", "cramer_rao", "estimate", "fisher_matrix", "noise_of"]
+__all__ = ["Bound", "Estimate", "cramer_rao", "estimate", "fisher_matrix", "joint_answer", "noise_of"]

@@ -119,9 +119,7 @@ def estimate(
     budget = budget or Budget()
     sigma = {name: _entry_noise(observation, name) for name in observation.gradients}
     x = start_inputs.detach()
-    whole = GradientMap.read(
-        model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor
-    )
+    whole = GradientMap.read(model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor)
     bits = _first_bits(whole, x, pattern)
     uneven = any(s.numel() > 1 for s in sigma.values())
     iterations = 0

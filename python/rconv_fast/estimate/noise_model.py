@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rconv_fast.errors import require
-from rconv_fast.observation import Noise, SharedGradients
+from rconv_fast.observation import Noise, Observation, SharedGradients
 from rconv_fast.updates import spacing
 
 # Widest first: the first type that holds all values is not the one they were rounded to, the last is.
@@ -66,6 +66,32 @@ def noise_of(
         require(fits, "invert", f"noise[{name!r}]", f"be a number or have shape {tuple(g.shape)}", tuple(sigma.shape))
         found[name] = torch.hypot(sigma, floor[name])
     return found, source
+
+
+def arithmetic_noise(
+    observation: Observation, model: nn.Module, client: nn.Module, inputs: Tensor, targets: Tensor
+) -> dict[str, Tensor]:
+    """What the rounding of the client's arithmetic adds to each gradient: measured, by running both on one input.
+
+    Parameters
+    ----------
+    observation : Observation
+        Whose loss and scale.
+    model, client : nn.Module
+        Copies of the model in working precision and in the client's.
+    inputs, targets : Tensor
+        Near the answer: softmax - 1 loses digits where a sample is classified well.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Root mean square difference of each tensor.
+    """
+    there = next(p for p in client.parameters() if p.is_floating_point())
+    rounded = inputs.to(there.dtype)
+    fine = observation.gradients_at(model, rounded.to(inputs.dtype), targets)
+    coarse = observation.gradients_at(client, rounded, targets)
+    return {name: (coarse[name].double() - g.double()).square().mean().sqrt() for name, g in fine.items()}
 
 
 def rounded_to(gradients: Mapping[str, Tensor]) -> torch.dtype:

@@ -1,0 +1,78 @@
+"""The joint estimate of one reading of the head: a start, the noise of the arithmetic there, the estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from rconv_fast.budget import Budget
+from rconv_fast.estimate.bounds import DENSE_UP_TO
+from rconv_fast.estimate.gradient_map import GradientMap
+from rconv_fast.estimate.joint import Estimate, estimate
+from rconv_fast.estimate.noise_model import arithmetic_noise
+from rconv_fast.estimate.recursion import noisy_start
+from rconv_fast.observation import Observation
+
+
+def joint_answer(
+    model: nn.Module,
+    observation: Observation,
+    targets: Tensor,
+    known: Mapping[str, Tensor],
+    shape: torch.Size,
+    inputs: Tensor | None,
+    budget: Budget,
+    *,
+    client: nn.Module | None = None,
+) -> Estimate | None:
+    r"""The most likely inputs, from the better of two starts.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A working copy in working precision.
+    observation : Observation
+        With its noise; a scale of None is estimated.
+    targets : Tensor
+        Labels or targets.
+    known : mapping of str to Tensor
+        Inputs of the last layers that a reading of the head found, by step name.
+    shape : torch.Size
+        (B, \*input_shape).
+    inputs : Tensor or None
+        What the exact recursion found.
+    budget : Budget
+        When to end.
+    client : nn.Module, optional
+        The model in the client's precision, where the noise is the rounding of its arithmetic: it is measured.
+
+    Returns
+    -------
+    Estimate or None
+        None where there is no start, or the input has more values than `DENSE_UP_TO`.
+    """
+    if shape.numel() > DENSE_UP_TO:
+        return None
+    sigma = {name: observation.sigma(name) for name in observation.gradients}
+    problem = GradientMap.read(
+        model, observation.loss, targets, observation.gradients, sigma, shape, observation.factor
+    )
+    starts = [start for start in (noisy_start(problem, known, budget), inputs) if start is not None]
+    if not starts:
+        return None
+    start = min(starts, key=problem.chi2)
+    if client is not None:
+        observation = _with_arithmetic(observation, model, client, start, targets)
+    return estimate(model, observation, start, targets, free_scale=observation.scale is None, budget=budget)
+
+
+def _with_arithmetic(
+    observation: Observation, model: nn.Module, client: nn.Module, inputs: Tensor, targets: Tensor
+) -> Observation:
+    """The noise with what the client's arithmetic adds at these inputs."""
+    added = arithmetic_noise(observation, model, client, inputs, targets)
+    noise = {name: torch.hypot(observation.sigma(name), s) for name, s in added.items()}
+    return replace(observation, noise=noise)
