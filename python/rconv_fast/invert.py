@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import InterruptedInversionError, UnsupportedModelError, require, require_type
-from rconv_fast.estimate.noise_model import noise_of
+from rconv_fast.estimate import joint_answer, noise_of
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
 from rconv_fast.heads.head import rounding_of
 from rconv_fast.heads.tokens import token_ids
@@ -21,7 +21,7 @@ from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
 from rconv_fast.solve import PRIORS
-from rconv_fast.verdict import DOUBLE, Answer, Inversion, conclude, match_bar, within_noise
+from rconv_fast.verdict import DOUBLE, Answer, Inversion, conclude, fits, match_bar, within_noise
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.graph import Graph, build_graph, opaque_graph
 from rconv_fast.walk.pass_ import INTERRUPTED, Known, Options
@@ -234,7 +234,38 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     match = None if inputs is None else observation.compare(request.working_model, inputs, targets)
     good = match is not None and within_noise(match, observation.precision, noise_known=bool(observation.noise))
     stop = found.passed.stop
-    return Answer(head, graph, found.passed, match, good, stop is not None and stop.reason == INTERRUPTED)
+    interrupted = stop is not None and stop.reason == INTERRUPTED
+    answer = Answer(head, graph, found.passed, match, good, interrupted)
+    return _estimated(request, answer, observation, report) if observation.noise and not interrupted else answer
+
+
+def _estimated(request: _Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:
+    """The joint estimate where the gradients are noisy: the most likely inputs with their error bars."""
+    graph, head = answer.graph, answer.head
+    rounded = request.noise is None and request.gradients.noise is None
+    repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
+    if graph.unread or repeated or request.budget.spent or (answer.good and rounded):
+        return answer
+    report(Event("input", "joint estimate"))
+    found = joint_answer(
+        request.working_model,
+        observation,
+        head.labels,
+        head.values,
+        torch.Size((len(head.labels), *request.shape)),
+        answer.inputs,
+        request.budget,
+        free_scale=request.observation.scale is None,
+        client=working_copy(request.model, torch.float32) if rounded else None,
+    )
+    if found is None or (answer.good and not fits(found.chi2, found.dof)):
+        return answer
+    match = replace(observation, scale=found.scale).compare(request.working_model, found.inputs, head.labels)
+    good = fits(found.chi2, found.dof)
+    if not good and answer.match is not None and answer.match.relative <= match.relative:
+        return answer
+    passed = answer.passed.with_value(graph.input, found.inputs)
+    return replace(answer, passed=passed, match=match, good=good, estimate=found)
 
 
 def _distinct(multiplicities: Tensor) -> tuple[Tensor, Tensor]:

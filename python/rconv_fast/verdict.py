@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rconv_fast.estimate.joint import Estimate
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome
 from rconv_fast.observation import Match
 from rconv_fast.walk.graph import Graph
@@ -31,6 +32,8 @@ CONTRADICTION = 1e-3
 DIFFERENT = 1e-3
 # Predicted error (relative to the input's size) above which a match is coarse: it no longer shows what the input was.
 COARSE = 0.05
+# Equations an unknown that a joint estimate must leave over: chi-square then notices a wrong reading.
+SPARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,12 @@ def within_noise(match: Match, rounding: float, *, noise_known: bool) -> bool:
     By the arithmetic's own rounding, or, where the noise of the entries is known, by the law of chi-square:
     ``chi2 <= dof + DEVIATIONS sqrt(2 dof)``.
     """
-    if match.relative <= match_bar(rounding):
-        return True
-    limit = match.entries + DEVIATIONS * math.sqrt(2 * match.entries)
-    return noise_known and math.isfinite(match.chi2) and match.chi2 <= limit
+    return match.relative <= match_bar(rounding) or (noise_known and fits(match.chi2, match.entries))
+
+
+def fits(chi2: float, dof: int) -> bool:
+    """Whether a misfit in units of the noise is what the law of chi-square lets one expect."""
+    return dof > 0 and math.isfinite(chi2) and chi2 <= dof + DEVIATIONS * math.sqrt(2 * dof)
 
 
 def proven(reports: Sequence[LayerReport]) -> bool:
@@ -215,6 +220,8 @@ class Answer:
         Whether the mismatch is within the noise.
     interrupted : bool
         Whether Ctrl-C ended it.
+    estimate : Estimate or None
+        The joint estimate that `passed` holds the inputs of, where the gradients are noisy.
     """
 
     head: HeadCandidate
@@ -223,6 +230,7 @@ class Answer:
     match: Match | None
     good: bool
     interrupted: bool = False
+    estimate: Estimate | None = None
 
     @property
     def inputs(self) -> Tensor | None:
@@ -233,6 +241,13 @@ class Answer:
     def relative(self) -> float:
         """The relative mismatch, infinite where there are no inputs."""
         return math.inf if self.match is None else self.match.relative
+
+    @property
+    def noise_ratio(self) -> float:
+        """The mismatch in units of the noise; of a joint estimate with its pattern held."""
+        if self.estimate is not None:
+            return self.estimate.ratio
+        return math.inf if self.match is None else self.match.ratio
 
 
 def conclude(
@@ -277,11 +292,13 @@ def _of_answer(
     determined = None if inputs is None else _determined(best, notes, prior)
     closed = determined is not None and bool(determined.all()) and proven(reports) and _consistent(reports)
     closed = closed and passed.open <= {best.graph.input}
+    if best.estimate is not None:
+        closed = determined is not None and bool(determined.all()) and _sharp(best.estimate)
     verified = best.good and closed and head.complete and not rivals
     if rivals:
         others = "; ".join(f"labels {r.head.labels.tolist()}" for r in rivals)
         notes.append(f"another reading of the head reproduces the gradients too ({others}): give labels= to decide")
-    if best.good and not verified and not _consistent(reports):
+    if best.good and not verified and best.estimate is None and not _consistent(reports):
         notes.append("the equations of a layer contradict each other, so the match alone proves nothing")
     verdict = _verdict(best, determined, verified)
     if verdict == "features" and inputs is not None:
@@ -296,16 +313,17 @@ def _of_answer(
         labels=head.labels,
         layers=reports,
         gradient_residual=best.relative,
-        noise_ratio=math.inf if best.match is None else best.match.ratio,
+        noise_ratio=best.noise_ratio,
         determined=determined,
-        samples=_samples(head, status),
+        uncertainty=None if best.estimate is None else best.estimate.uncertainty,
+        samples=_samples(best, status),
         batch_size=len(head.grad_logits) if head.complete else outcome.batch_size if head.spare else None,
         label_counts=outcome.label_counts if outcome.label_counts is not None else _counts(best),
         features=features_of(best.graph, passed.values),
         stops_at=None if stop is None else stop.label,
         reason="" if stop is None else stop.reason,
         tokens=tokens,
-        scale=head.scale,
+        scale=head.scale if best.estimate is None else best.estimate.scale,
         notes=notes,
     )
 
@@ -313,6 +331,9 @@ def _of_answer(
 def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
     """Which input values are proven; a note for each thing that leaves some open."""
     passed, graph = best.passed, best.graph
+    if best.estimate is not None and best.good:
+        notes += best.estimate.notes
+        return best.estimate.uncertainty.isfinite()
     inputs = passed.values[graph.input]
     determined = passed.determined.get(graph.input, torch.ones_like(inputs, dtype=torch.bool))
     open_reports = [(n, r) for n, r in passed.reports.items() if n in passed.open]
@@ -335,6 +356,13 @@ def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
     return determined
 
 
+def _sharp(estimate: Estimate) -> bool:
+    """Whether error bars are small beside the inputs and equations are left over to notice what is wrong."""
+    error = float(estimate.uncertainty.square().mean().sqrt())
+    unknowns = estimate.inputs.numel()
+    return error < COARSE * float(estimate.inputs.square().mean().sqrt()) and estimate.dof > SPARE * unknowns
+
+
 def _consistent(reports: Sequence[LayerReport]) -> bool:
     return all(report.residual <= CONTRADICTION for report in reports)
 
@@ -347,13 +375,19 @@ def _verdict(best: Answer, determined: Tensor | None, verified: bool) -> str:
         return "exact"
     if bool(determined.any()) and not bool(determined.all()):
         return "partial"
-    return "approximate" if best.relative < COARSE else "features"
+    close = best.relative < COARSE or (best.estimate is not None and best.good)
+    return "approximate" if close else "features"
 
 
-def _samples(head: HeadCandidate, status: str) -> list[Sample]:
+def _samples(best: Answer, status: str) -> list[Sample]:
+    found, head = best.estimate, best.head
+    errors = [math.inf] * len(head.certificates)
+    if found is not None:
+        errors = found.uncertainty.flatten(1).square().mean(1).sqrt().tolist()
+    rows = zip(head.certificates, head.multiplicities, errors, strict=True)
     return [
-        Sample(label_of(head.labels, index), float(certificate), int(times), status)
-        for index, (certificate, times) in enumerate(zip(head.certificates, head.multiplicities, strict=True))
+        Sample(label_of(head.labels, index), float(certificate), int(times), status, error)
+        for index, (certificate, times, error) in enumerate(rows)
     ]
 
 

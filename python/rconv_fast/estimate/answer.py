@@ -26,6 +26,7 @@ def joint_answer(
     inputs: Tensor | None,
     budget: Budget,
     *,
+    free_scale: bool = False,
     client: nn.Module | None = None,
 ) -> Estimate | None:
     r"""The most likely inputs, from the better of two starts.
@@ -35,7 +36,7 @@ def joint_answer(
     model : nn.Module
         A working copy in working precision.
     observation : Observation
-        With its noise; a scale of None is estimated.
+        With its noise, and a scale.
     targets : Tensor
         Labels or targets.
     known : mapping of str to Tensor
@@ -46,6 +47,8 @@ def joint_answer(
         What the exact recursion found.
     budget : Budget
         When to end.
+    free_scale : bool
+        Whether the scale is to be estimated too.
     client : nn.Module, optional
         The model in the client's precision, where the noise is the rounding of its arithmetic: it is measured.
 
@@ -66,7 +69,7 @@ def joint_answer(
     start = min(starts, key=problem.chi2)
     if client is not None:
         observation = _with_arithmetic(observation, model, client, start, targets)
-    return estimate(model, observation, start, targets, free_scale=observation.scale is None, budget=budget)
+    return estimate(model, observation, start, targets, free_scale=free_scale, budget=budget)
 
 
 def _with_arithmetic(

@@ -119,7 +119,9 @@ def estimate(
     budget = budget or Budget()
     sigma = {name: _entry_noise(observation, name) for name in observation.gradients}
     x = start_inputs.detach()
-    whole = GradientMap.read(model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor)
+    whole = GradientMap.read(
+        model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor
+    )
     bits = _first_bits(whole, x, pattern)
     uneven = any(s.numel() > 1 for s in sigma.values())
     iterations = 0
@@ -177,7 +179,7 @@ def _finish(problem: GradientMap, x: Tensor, bits: Bits, budget: Budget, free_sc
         information = information or _information(problem.with_pieces(_hold(problem, bits)), x, free_scale)
         found = _fit(problem, x, bits, information, budget, free_scale, best.iterations if best else 0)
         best = found if best is None or found.score < best.score else replace(best, iterations=found.iterations)
-        doubt = found.doubt
+        problem, doubt = problem.with_scale(found.scale), found.doubt
         if not len(doubt) or budget.spent:
             break
         tried.append(bits)

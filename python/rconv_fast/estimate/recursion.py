@@ -155,9 +155,8 @@ def _at_output(
     while step.name != layer.name:
         rule, shape = step.rule, graph.steps[step.inputs[0]].shape
         if isinstance(rule, RearrangeRule):
-            pull = lambda t, rule=rule: rule.pull_value(Knowledge.full(t), 0, ()).value  # noqa: E731
-            a, s, gradient, variance = pull(a), pull(s), pull(gradient), pull(variance)
-            weight = None if weight is None else pull(weight)
+            a, s, gradient, variance = (_moved_back(rule, t) for t in (a, s, gradient, variance))
+            weight = None if weight is None else _moved_back(rule, weight)
         elif isinstance(rule, AffineRule):
             weight = 1 / s.square() if weight is None else weight
             a, weight = (a - rule.shift) / rule.scale, weight * rule.scale.square()
@@ -170,6 +169,10 @@ def _at_output(
         step = graph.steps[step.inputs[0]]
         assert a.shape == shape
     return _Output(a, 1 / s.square() if weight is None else weight, gradient, variance)
+
+
+def _moved_back(rule: RearrangeRule, values: Tensor) -> Tensor:
+    return rule.pull_value(Knowledge.full(values), 0, ()).value
 
 
 def _through(rule: ActivationRule, a: Tensor, s: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -190,7 +193,7 @@ def _through(rule: ActivationRule, a: Tensor, s: Tensor, size: float) -> tuple[T
 
 
 def active_probability(a: Tensor, s: Tensor, size: float) -> Tensor:
-    """Probability that a rectified value is not 0, seen as a with the error s; its prior is half normal of this size."""
+    """Probability that a rectified value is not 0, seen as a with the error s; half normal of this size before."""
     total = (s.square() + size**2).sqrt()
     slab = math.log(2) - torch.log(total) - (a / total).square() / 2 + torch.special.log_ndtr(a * size / (s * total))
     spike = -torch.log(s) - (a / s).square() / 2
@@ -209,8 +212,8 @@ def _solve(problem: GradientMap, graph: Graph, layer: Step, output: _Output, siz
     assert isinstance(layer.rule, ConvRule)
     rule, geometry = layer.rule, layer.rule.geometry
     batch = layer.shape[0]
-    shaped = lambda t: t.reshape(batch, geometry.out_channels, *geometry.out_size)  # noqa: E731
-    z, v, g = shaped(output.z), shaped(output.weight), shaped(output.g)
+    shape = torch.Size((batch, geometry.out_channels, *geometry.out_size))
+    z, v, g = output.z.reshape(shape), output.weight.reshape(shape), output.g.reshape(shape)
     if rule.bias is not None:
         z = z - rule.bias.reshape(1, -1, *(1,) * geometry.ndim)
     name = problem.name_of(rule.stored.weight)
@@ -218,7 +221,7 @@ def _solve(problem: GradientMap, graph: Graph, layer: Step, output: _Output, siz
     if name is None:
         w, seen = torch.zeros_like(weight), torch.zeros_like(weight)
     else:
-        spread = shaped(output.variance).transpose(0, 1).flatten(1).sum(1).reshape(-1, *(1,) * (weight.ndim - 1))
+        spread = output.variance.reshape(shape).transpose(0, 1).flatten(1).sum(1).reshape(-1, *(1,) * (weight.ndim - 1))
         sigma2 = problem.weight(name).square().reciprocal().expand(problem.seen[name].shape).reshape(weight.shape)
         w, seen = 1 / (sigma2 + size**2 * spread), problem.seen[name].reshape(weight.shape)
     prior = 1 / (2 * size) ** 2
