@@ -1,0 +1,148 @@
+"""Networks drawn from a grammar: none is verified wrongly, none crashes, none runs without end."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks import Attack, gradients_of, photo
+from rconv_fast import invert
+
+QUICK, SWEEP = range(10), range(300)
+# On two cores; an answer that is not found by then is given up by the time limit.
+SECONDS = 60.0
+# What a verified answer may be off, in dB of a photo: rounding of the arithmetic, amplified by conditioning.
+PSNR = {torch.float64: 100.0, torch.float32: 40.0, torch.bfloat16: 20.0}
+
+ACTIVATIONS: list[Callable[[], nn.Module]] = [
+    nn.ReLU, nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.ELU, nn.Softplus, nn.GELU, nn.SiLU, nn.ReLU6, nn.Identity,
+]  # fmt: skip
+
+
+class Residual(nn.Module):
+    """``x + f(x)``."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+@dataclass(frozen=True)
+class Case:
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    loss: str
+    dtype: torch.dtype
+    options: dict[str, object]
+
+    def function(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return getattr(F, {"mse": "mse_loss"}.get(self.loss, self.loss))(outputs, y)
+
+
+def body(draw: random.Random, channels: int, size: int) -> tuple[list[nn.Module], int]:
+    """One to three convolutions, each with what may stand behind one."""
+    layers: list[nn.Module] = []
+    for _ in range(draw.randint(1, 3)):
+        filters = draw.choice([8, 12, 24, 32, 48])
+        groups = draw.choice([1, 1, 1, 1, 2]) if channels % 2 == 0 else 1
+        kernel, stride = draw.choice([(3, 1), (3, 2), (5, 2), (4, 2), (5, 1), (1, 1)])
+        padding = draw.randint(0, kernel // 2)
+        mode = draw.choice(["zeros", "zeros", "zeros", "reflect", "circular"]) if padding < size else "zeros"
+        bias = draw.random() < 0.8
+        layers.append(
+            nn.Conv2d(channels, filters, kernel, stride, padding, groups=groups, bias=bias, padding_mode=mode)
+        )
+        channels = filters
+        after: list[nn.Module] = [draw.choice(ACTIVATIONS)()]
+        if draw.random() < 0.15:
+            after.insert(0, nn.BatchNorm2d(channels).train(draw.random() < 0.3))
+        if draw.random() < 0.15:
+            after.append(draw.choice([nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1)]))
+        if draw.random() < 0.1:
+            after.append(nn.Dropout(0.3).train(draw.random() < 0.5))
+        if draw.random() < 0.1:
+            after.append(Residual(nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1), draw.choice(ACTIVATIONS)())))
+        layers += after
+    return layers, channels
+
+
+def case(seed: int) -> Case:
+    """The case of a seed; one that torch refuses (a pooling of nothing, say) is drawn again."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    while True:
+        size, channels, batch = draw.choice([8, 10, 12]), draw.choice([1, 3]), draw.choice([1, 1, 1, 2, 3])
+        layers, _ = body(draw, channels, size)
+        loss = draw.choice(["cross_entropy"] * 4 + ["mse", "binary_cross_entropy_with_logits"])
+        classes = draw.choice([4, 10, 20]) if loss == "cross_entropy" else draw.choice([1, 3])
+        if loss == "binary_cross_entropy_with_logits":
+            classes = 1
+        x = photo(size, batch, channels)
+        try:
+            features = nn.Sequential(*layers, nn.Flatten())(x.float()).shape[1]
+        except (RuntimeError, ValueError):
+            continue
+        head: list[nn.Module] = [nn.Linear(features, classes, bias=draw.random() < 0.8)]
+        if draw.random() < 0.2:
+            head = [nn.Linear(features, 40), draw.choice(ACTIVATIONS)(), nn.Linear(40, classes)]
+        dtype = draw.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16])
+        y = torch.randint(0, classes, (batch,))
+        if loss != "cross_entropy":
+            y = torch.randn(batch, classes).double() if loss == "mse" else torch.randint(0, 2, (batch, 1)).double()
+        options: dict[str, object] = {"batch_size": batch} if draw.random() < 0.3 else {}
+        return Case(nn.Sequential(*layers, nn.Flatten(), *head), x, y, loss, dtype, options)
+
+
+def shared_of(drawn: Case) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model as the client has it, and its gradients: of float32 arithmetic, of float64, or rounded to bfloat16."""
+    working = torch.float32 if drawn.dtype == torch.float32 else torch.float64
+    model, x = drawn.model.to(working), drawn.x.to(working)
+    y = drawn.y.to(working) if drawn.y.is_floating_point() else drawn.y
+    shared = gradients_of(model, x, y, drawn.function)
+    return model, {name: g.to(drawn.dtype) if drawn.dtype == torch.bfloat16 else g for name, g in shared.items()}
+
+
+def check(seed: int) -> str:
+    """The verdict of a seed's network; a verified one is the truth."""
+    drawn = case(seed)
+    model, shared = shared_of(drawn)
+    start = time.perf_counter()
+    done = Attack(
+        invert(model, shared, drawn.x.shape[1:], loss=drawn.loss, time_limit=SECONDS, **drawn.options), drawn.x
+    )
+    seconds = time.perf_counter() - start
+    result = done.result
+    described = (
+        f"seed {seed}, {drawn.dtype}, {drawn.loss}, B={len(drawn.x)}, {seconds:.0f} s\n{model}\n{result.summary()}"
+    )
+    if result.verified:
+        assert result.inputs.shape == drawn.x.shape, described
+        assert done.psnr >= PSNR[drawn.dtype], f"{done.psnr:.0f} dB: {described}"
+        if drawn.loss != "mse":
+            assert torch.equal(result.labels.reshape(-1).long(), drawn.y[done.match].reshape(-1).long()), described
+    else:
+        assert result.notes or result.reason, described
+    assert seconds < 2 * SECONDS, described
+    return result.verdict
+
+
+@pytest.mark.parametrize("seed", QUICK)
+def test_none_is_verified_wrongly(seed: int) -> None:
+    assert check(seed) in ("exact", "approximate", "partial", "features", "nothing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SWEEP)
+def test_none_of_many_is_verified_wrongly(seed: int) -> None:
+    assert check(1000 + seed) in ("exact", "approximate", "partial", "features", "nothing")
