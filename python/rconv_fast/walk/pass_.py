@@ -342,7 +342,8 @@ class _Recursion:
             self.contradiction = Contradiction(step.name, chosen.name)
         if self.options.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
             self.options.progress(Event(label, f"prior {self.options.prior}"))
-            best = apply_prior(system, best, self.options.prior, flat_rows(self.graph, self.values, step.name))
+            inequalities = flat_rows(self.graph, self.values, step.name)
+            best = apply_prior(system, best, self.options.prior, inequalities, budget=self.options.budget)
         self.values[step.name] = best.x.reshape(step.shape)
         self.determined[step.name] = best.determined.reshape(step.shape)
         if not _is_fixed(step, best):
@@ -372,6 +373,7 @@ class _Recursion:
             system,
             rtol=max(1e-15, 1e-3 * options.precision),
             max_iterations=SCARCE_ITERATIONS if scarce else None,
+            budget=options.budget,
             progress=lambda i, r: options.progress(Event(label, "solve", i, None, r)),
         )
         settled = found.converged and (_is_fixed(step, found) or found.residual > options.bar)
@@ -381,6 +383,7 @@ class _Recursion:
             system,
             found,
             tolerance=options.bar,
+            budget=options.budget,
             progress=lambda i, r: options.progress(Event(label, "nonnegative", i, None, r)),
         )
 
