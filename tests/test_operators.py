@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layers import convolve, gradient_matrix, random_grad_output, random_input, random_weight, weight_matrix
+from rconv_fast.constraints import operators
 from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.testing import adjoint_test, random_geometry
@@ -110,3 +111,18 @@ def test_non_contiguous_operands(geometry: ConvGeometry) -> None:
     assert_equal(apply_weight(geometry, strided(x), strided(weight)), apply_weight(geometry, x, weight))
     assert_equal(apply_weight_adjoint(geometry, strided(g), strided(weight)), apply_weight_adjoint(geometry, g, weight))
     assert_equal(apply_gradient(geometry, strided(x), strided(g)), apply_gradient(geometry, x, g))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(3, 7, 224, 7, 2, 3), (1, 2, 130, 4, 4, 0), (4, 3, 99, 5, 2, 2), (2, 4, 100, 6, 3, 5), (3, 5, 70, 5, 2, 0)],
+    ids=str,
+)
+def test_the_adjoint_by_stride_phases_is_the_adjoint(numbers: tuple[int, ...]) -> None:
+    channels, filters, size, kernel, stride, padding = numbers
+    g = ConvGeometry.create("test", channels, filters, (size, size - 1), (kernel, kernel), stride, padding)
+    y, w = torch.randn(2, filters, *g.out_size), torch.randn(filters, channels, kernel, kernel)
+    assert operators._phases_are_faster(g, y)
+    found, expected = apply_weight_adjoint(g, y, w), apply_weight_adjoint(g, y.double(), w.double())
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).norm()) < 1e-6 * float(expected.norm())

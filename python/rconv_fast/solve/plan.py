@@ -22,7 +22,7 @@ import torch
 
 from rconv_fast.solve.conjugate import Preconditioner
 from rconv_fast.solve.dissection.factor import DissectionFactor
-from rconv_fast.solve.dissection.sketch import sketch_size
+from rconv_fast.solve.dissection.sketch import are_few, sketch_size
 from rconv_fast.solve.phases.solve import count_phases
 from rconv_fast.solve.precision import float32_is_exact
 from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, normal_inverse, phase_cholesky
@@ -138,7 +138,10 @@ def _dissection_flops(system: System) -> float:
         return math.inf
     memory, flops = DissectionFactor.estimate(block.geometry, row_weights=not block.uniform)
     samples = 1 if block.uniform else system.shape[0]
-    total = memory * samples + 2 * 8 * sketch_size(system.shape) * system.unknowns
+    others = [other for other in system.blocks if other is not block]
+    size = sketch_size(block)
+    dense_rows = sum(other.rhs.numel() for other in others) if are_few(others, size) else 2 * size
+    total = memory * samples + 8 * dense_rows * system.unknowns
     return float(flops) * samples if total <= MAX_DISSECTION_BYTES else math.inf
 
 

@@ -14,7 +14,7 @@ from rconv_fast.geometry import ConvGeometry
 from rconv_fast.solve.conjugate import Preconditioner
 from rconv_fast.solve.dense import normal_matrix
 from rconv_fast.solve.dissection.factor import DissectionFactor
-from rconv_fast.solve.dissection.sketch import SketchRows
+from rconv_fast.solve.dissection.sketch import SketchRows, are_few, each_row, sketch_size
 from rconv_fast.solve.phases.factors import GramFactor
 from rconv_fast.solve.phases.gram import gram_condition, sum_of
 from rconv_fast.solve.rank import norm_bound
@@ -68,14 +68,14 @@ TOGETHER = 64
 
 @dataclass(frozen=True)
 class SketchedDissection:
-    """``(A^T w^2 A + U^T U)^-1``: weight rows by nested dissection, of the other rows the sketch U, by Woodbury.
+    """``(A^T w^2 A + U^T U)^-1``: weight rows by nested dissection, the other rows U or a sketch of them by Woodbury.
 
     With ``R^T R = A^T w^2 A`` and ``Z = R^-T U^T`` it is ``R^-1 (I - Z (I + Z^T Z)^-1 Z^T) R^-T``.
 
     Attributes
     ----------
     system : System
-        The weight rows and the sketch: the equations that this is the preconditioner of.
+        The weight rows and the others or their sketch: the equations that this is the preconditioner of.
     factors : list of DissectionFactor
         R, one a sample, or one for all where all outputs are known.
     z : Tensor, shape (unknowns, k)
@@ -97,16 +97,21 @@ class SketchedDissection:
         """Factor a balanced system; None where rows are missing beyond what damping and the sketch can fill."""
         (rows,) = (block for block in system.blocks if isinstance(block, WeightRows))
         others = [block for block in system.blocks if block is not rows]
-        sketch = SketchRows.create(others, system.shape, rows.rhs)
+        size = sketch_size(rows)
+        if not are_few(others, size):
+            others = [SketchRows.create(others, size, system.shape, rows.rhs)]
         try:
             factors, proven = _factor(rows)
-            z = sketch.matrix.new_empty(math.prod(system.shape), sketch.count)
-            for rows_of_u, columns_of_z in zip(sketch.matrix.split(TOGETHER), z.split(TOGETHER, dim=1), strict=True):
-                columns_of_z.copy_(_solve_rt(factors, rows_of_u))
+            z = rows.rhs.new_empty(math.prod(system.shape), sum(block.rhs.numel() for block in others))
+            first = 0
+            for rows_of_u in each_row(others, TOGETHER):
+                last = first + len(rows_of_u)
+                z[:, first:last] = _solve_rt(factors, rows_of_u)
+                first = last
             core = torch.linalg.cholesky(torch.eye(z.shape[1]).to(z) + z.mT @ z)
         except LinAlgError:
             return None
-        return cls(System(system.shape, (sketch, rows)), factors, z, core, proven)
+        return cls(System(system.shape, (*others, rows)), factors, z, core, proven)
 
     def __call__(self, v: Tensor) -> Tensor:
         """Apply the inverse to v, (B, C, *in)."""

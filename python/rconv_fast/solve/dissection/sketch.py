@@ -3,25 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.rows import GradientRows, Rows
+from rconv_fast.solve.dissection.border import is_square, open_directions
+from rconv_fast.solve.rows import GradientRows, Rows, WeightRows
 
 # Rows of a sketch for each unknown of a sample's edge, sqrt(unknowns): the directions that a nearly square
-# convolution leaves nearly open live at the border of the picture.
-ROWS_PER_EDGE = 1.0
+# convolution leaves nearly open live at the border of the picture. Where they can be counted, so many for each and some
+# more.
+ROWS_PER_EDGE, ROWS_PER_DIRECTION, MORE_ROWS = 1.0, 1.2, 50
 
 # Combinations are formed so many at a time, as a convolution has an overhead but falls out of the cache.
 MAX_TOGETHER, UNKNOWNS_TOGETHER = 8, 100_000
 
 
-def sketch_size(shape: torch.Size) -> int:
-    """How many combinations a system of this shape (B, C, *in) needs."""
-    return shape[0] * math.ceil(ROWS_PER_EDGE * math.sqrt(math.prod(shape[1:])))
+def sketch_size(rows: WeightRows) -> int:
+    """How many combinations of other rows complete these."""
+    g = rows.geometry
+    needed = math.ceil(ROWS_PER_EDGE * math.sqrt(g.in_channels * g.n_input))
+    if is_square(g):
+        needed = max(needed, math.ceil(ROWS_PER_DIRECTION * open_directions(g, rows.weight)) + MORE_ROWS)
+    return len(rows.rhs) * needed
+
+
+def are_few(blocks: Sequence[Rows], size: int) -> bool:
+    """Whether the rows take no more memory than a sketch of this size, of which also the rows are kept."""
+    return sum(block.rhs.numel() for block in blocks) <= 2 * size
+
+
+def each_row(blocks: Sequence[Rows], together: int) -> Iterator[Tensor]:
+    """The rows themselves as dense vectors, (n, B, C, *in) with n up to `together`."""
+    for block in blocks:
+        if isinstance(block, SketchRows):
+            yield from block.matrix.split(together)
+            continue
+        size = block.rhs.numel()
+        for first in range(0, size, together):
+            index = torch.arange(first, min(first + together, size), device=block.rhs.device)
+            units = torch.nn.functional.one_hot(index, size).to(block.rhs)
+            yield _adjoints(block, units.view(len(index), *block.rhs.shape))
 
 
 @dataclass(frozen=True)
@@ -32,9 +56,9 @@ class SketchRows:
     rhs: Tensor
 
     @classmethod
-    def create(cls, blocks: Sequence[Rows], shape: torch.Size, like: Tensor) -> SketchRows:
+    def create(cls, blocks: Sequence[Rows], size: int, shape: torch.Size, like: Tensor) -> SketchRows:
         """Combine the rows of all blocks, if any, in the dtype of `like`; never more combinations than rows."""
-        size = min(sketch_size(shape), sum(block.count for block in blocks))
+        size = min(size, sum(block.count for block in blocks))
         generator = torch.Generator().manual_seed(0)
         matrix, rhs = like.new_zeros(size, *shape), like.new_zeros(size)
         step = max(1, min(MAX_TOGETHER, UNKNOWNS_TOGETHER // math.prod(shape)))
@@ -77,4 +101,6 @@ class SketchRows:
 
 def _adjoints(block: Rows, s: Tensor) -> Tensor:
     """``M^T`` times each of s."""
-    return block.adjoints(s) if isinstance(block, GradientRows) else torch.stack([block.adjoint(y) for y in s])
+    if isinstance(block, GradientRows):
+        return block.adjoints(s)
+    return torch.stack([block.adjoint(y) for y in s])
