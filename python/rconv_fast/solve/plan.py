@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from rconv_fast.solve.conjugate import Preconditioner
+from rconv_fast.solve.dissection.border import is_square, open_directions
 from rconv_fast.solve.dissection.factor import DissectionFactor
 from rconv_fast.solve.dissection.sketch import are_few, sketch_size
 from rconv_fast.solve.phases.solve import count_phases
@@ -145,6 +146,13 @@ def _dissection_flops(system: System) -> float:
     return float(flops) * samples if total <= MAX_DISSECTION_BYTES else math.inf
 
 
+def _winds(system: System) -> bool:
+    """Whether the weight rows are square and leave directions nearly open, which iterations do not find in time."""
+    blocks = [block for block in system.blocks if isinstance(block, WeightRows)]
+    square = len(blocks) == 1 and is_square(blocks[0].geometry) and system.count <= NEARLY_SQUARE * system.unknowns
+    return square and open_directions(blocks[0].geometry, blocks[0].weight) > 0
+
+
 def _equal_rows(system: System) -> float:
     """The weight that gives gradient rows the size of the other rows.
 
@@ -169,7 +177,7 @@ DISSECTION = Way(
 JACOBI = Way(
     "jacobi",
     lambda system, dtype: Built(system, jacobi(system, dtype)),
-    cost=lambda _, __: JACOBI_FLOPS,
+    cost=lambda system, exact: math.inf if exact and _winds(system) else JACOBI_FLOPS,
     gradient_weight=_equal_rows,
     mixes=True,
 )
