@@ -501,6 +501,7 @@ def test_float32_products_do_not_cost_accuracy(filters: int, monkeypatch: pytest
 def test_the_probe_marks_exactly_what_is_open(shape: tuple, mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Systems too large to be decided by eigenvalues: a random vector is projected on the row space."""
     monkeypatch.setattr(hybrid, "MAX_DENSE_UNKNOWNS", 0)
+    monkeypatch.setattr(hybrid, "MAX_DENSE_OPEN_UNKNOWNS", 0)
     monkeypatch.setattr(plan, "MIXED_PRECISION_UNKNOWNS", 0 if mixed else 10**9)
     channels, size, kernel, stride = shape
     case = half_blind(Case(make(channels, size, kernel, stride=stride), 2))
