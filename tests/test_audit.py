@@ -13,8 +13,9 @@ from torch import nn
 
 from attacks import gradients_of, photo
 from networks import Drawn, draw
-from rconv_fast import RconvError, invert
+from rconv_fast import RconvError, defenses, invert
 from rconv_fast.audit import AuditReport, audit
+from rconv_fast.audit.defences import defence_table, to_markdown
 from rconv_fast.audit.leak_map import leak_picture
 from rconv_fast.audit.weights import describe_weights
 from rconv_fast.models import cnn3, lenet_o
@@ -226,3 +227,23 @@ def test_arguments_are_refused_in_one_line() -> None:
         audit(narrow(), (1, 8, 8), probe=torch.rand(2, 1, 8, 8))
     with pytest.raises(ValueError, match="loss must be one of"):
         audit(narrow(), (1, 8, 8), loss="hinge")
+
+
+def test_no_defence_is_beaten_by_more_than_its_bound_allows() -> None:
+    some = {
+        "gaussian": lambda g: defenses.gaussian(g, 1e-4, relative=True, generator=torch.Generator().manual_seed(0)),
+        "bfloat16": lambda g: defenses.quantise(g, torch.bfloat16),
+        "sign": defenses.sign,
+    }
+    none, gaussian, bfloat16, sign = defence_table(narrow(), (1, 8, 8), some)
+    assert none.verified
+    assert none.predicted_psnr == math.inf
+    assert none.inputs is not None
+    for row in (gaussian, bfloat16, sign):
+        assert row.predicted_psnr is not None
+        assert row.reached_psnr <= row.predicted_psnr + 3, row
+    assert gaussian.reached_psnr > gaussian.predicted_psnr - 10
+    assert sign.reached_psnr < 20
+    table = to_markdown([none, gaussian, bfloat16, sign]).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    assert len(table) == 6

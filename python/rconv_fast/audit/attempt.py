@@ -65,7 +65,7 @@ def attempt(model: nn.Module, probe: Probe, input_shape: tuple[int, ...], loss: 
         time_limit=TIME_LIMIT,
     )
     seconds = time.perf_counter() - start
-    reached = _nearness(found.inputs, probe.inputs)
+    reached = nearness(found.inputs, probe.inputs)
     verdict = _WORDS.get(found.verdict, "none found")
     if verdict == "exact" and not reached >= RECOVERED_PSNR:
         verdict = "partial"
@@ -77,7 +77,7 @@ def attempt(model: nn.Module, probe: Probe, input_shape: tuple[int, ...], loss: 
     return Attempt(verdict, reason, found.stops_at, summary, conclusive, reached, found.determined)
 
 
-def _nearness(found: Tensor | None, true: Tensor) -> float:
+def nearness(found: Tensor | None, true: Tensor) -> float:
     """PSNR of what was recovered, whichever sample is which."""
     if found is None or found.shape != true.shape:
         return -math.inf
