@@ -30,9 +30,11 @@ class Batch:
         return self.grad_weight, self.grad_bias, self.weight, self.bias
 
 
-def gradients(inputs, labels, weight, bias, **loss):
+def gradients(inputs, labels, weight, bias, class_weights=None, **loss):
     leaves = [p.detach().clone().requires_grad_() for p in (weight, bias) if p is not None]
-    value = F.cross_entropy(F.linear(inputs, leaves[0], leaves[1] if bias is not None else None), labels, **loss)
+    value = F.cross_entropy(
+        F.linear(inputs, leaves[0], leaves[1] if bias is not None else None), labels, class_weights, **loss
+    )
     grads = torch.autograd.grad(value, leaves)
     return Batch(inputs, labels, weight, bias, grads[0], grads[1] if bias is not None else None)
 

@@ -16,8 +16,9 @@ from rconv_fast.heads.roots import HeadFactors
 _WIDTH = 12
 # Draws of a mean softmax.
 _DRAWS = 256
-# Rounds in which class means and label counts are found from one another.
-_ROUNDS = 20
+# Rounds in which class means and label counts are found from one another; a class without samples counts as this.
+_ROUNDS = 12
+_LEAST_COUNT = 0.5
 
 
 def estimate_counts(mean_softmax: Tensor, grad_bias: Tensor, total: int, weight: float) -> Tensor:
@@ -126,10 +127,14 @@ def estimated_counts(
 def label_counts(head: Head, batch_size: int) -> Tensor | None:
     """How many samples of each class, where they cannot be separated; None where ``db`` does not say.
 
-    ``K db_i = sum_j k_j (p_ji - [i = j])`` with ``p_j`` the softmax of class j's mean features. The mean of all
-    features is the slope of ``dW = db xbar^T``; a class differs from it by
-    ``k_y (xbar_y - xbar) = -K (dW_y - db_y xbar)``, as far as the softmax hardly varies. Counts and means are found
-    from one another; the nearest whole counts of sum B are the answer.
+    ``k = B (sbar - db)`` (for smoothing e: ``(1 - e) k = B (sbar - e/n - db)``) needs the mean softmax ``sbar`` to
+    half a sample. With features of class means ``xbar_y``, mean m and variance ``sigma^2`` within a class,
+
+        k_y (xbar_y - m) = B (db_y m - dW_y + sigma^2 sbar_y (w_y - wbar)),
+
+    whose left sides have the variance ``k_y sigma^2``: least squares gives m and sigma, and since a mean of few samples
+    is poor, m is drawn to its own average over the features as far as its error says (James and Stein). The counts,
+    the means and the softmax, averaged over normal features around the class means, are found from one another.
 
     Parameters
     ----------
@@ -138,30 +143,49 @@ def label_counts(head: Head, batch_size: int) -> Tensor | None:
     batch_size : int
         B.
 
+    Notes
+    -----
+    An estimate: right for a few samples a class where the features have a mean, as behind a ReLU or in pictures; for
+    many more, or without a mean, single counts may be off by one.
+
     References
     ----------
-    iLRG: Ma et al., arXiv 2208.11319, section 4.
+    Counts from db and class means: iLRG, Ma et al., arXiv 2208.11319, section 4.
     """
     db, n = head.grad_bias, head.n_classes
     if db is None or head.scale is None or head.loss.class_weights is not None or not bool(db.any()):
         return None
-    total = float(batch_size) if head.loss.reduction == "mean" else 1.0
-    unit = head.scale / total
+    unit = head.scale / (batch_size if head.loss.reduction == "mean" else 1)
+    db, dw = db / (unit * batch_size), head.grad_weight / (unit * batch_size)
     smoothing = head.loss.label_smoothing
-    mean = head.grad_weight.mT @ db / (db @ db)
-    excess = (head.grad_weight - torch.outer(db, mean)) / unit  # -k_y (xbar_y - xbar)
-    softmax = torch.softmax(head.logits(mean), 0)
-    counts = softmax.new_zeros(n)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(_DRAWS, dw.shape[1], generator=generator, dtype=torch.float64).to(dw) @ head.weight.mT
+    softmax = torch.full_like(db, 1 / n)
+    counts, variance = torch.full_like(db, batch_size / n), 0.0
     for _ in range(_ROUNDS):
-        before = counts
-        # db / w = B softmax - (1 - e) k - e B / n
-        counts = (batch_size * (softmax - smoothing / n) - db / unit) / (1 - smoothing)
-        counts = counts.clamp_min(0)
+        tilt = softmax[:, None] * (head.weight - softmax @ head.weight)
+        rows = dw - variance * tilt
+        share = counts.clamp_min(_LEAST_COUNT) / batch_size
+        mean, variance = _feature_mean(rows, db, share, batch_size)
+        means = mean + (db[:, None] * mean - rows) / share[:, None]
+        spread = (variance * (1 - 1 / counts.clamp_min(1.0))).sqrt()
+        logits = head.logits(means)[:, None] + spread[:, None, None] * draws
+        softmax = (counts[:, None] * torch.softmax(logits, 2).mean(1)).sum(0) / batch_size
+        counts = (batch_size * (softmax - smoothing / n - db) / (1 - smoothing)).clamp_min(0)
         counts = counts * (batch_size / counts.sum())
-        means = mean - excess / counts.clamp_min(0.5)[:, None]
-        softmax = (counts[:, None] * torch.softmax(head.logits(means), 1)).sum(0) / batch_size
-        if bool((counts - before).abs().max() < 1e-6):
-            break
-    lower = lower_counts(db, unit, n) if smoothing == 0 else torch.zeros(n, dtype=torch.int64)
+    lower = lower_counts(db, 1 / batch_size, n) if smoothing == 0 else torch.zeros(n, dtype=torch.int64)
     nearest = next(count_hypotheses(counts.cpu(), lower, batch_size, 1))
     return torch.tensor(nearest, device=db.device)
+
+
+def _feature_mean(rows: Tensor, db: Tensor, share: Tensor, batch_size: int) -> tuple[Tensor, float]:
+    """Mean m of the features and sigma^2 within a class: ``dW_y - db_y m`` has the variance ``sigma^2 k_y / B^2``."""
+    weight = db / share
+    precision = float(weight @ db)
+    mean = weight @ rows / precision
+    left = (rows - db[:, None] * mean).square() / share[:, None]
+    variance = float(left.mean()) * batch_size * len(db) / max(1, len(db) - 2)
+    error = variance / (batch_size * precision)
+    own = mean - mean.mean()
+    keep = max(0.0, 1 - error / max(float(own.square().mean()), 1e-300))
+    return mean.mean() + keep * own, variance

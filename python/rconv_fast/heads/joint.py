@@ -17,7 +17,7 @@ from rconv_fast.heads.levenberg_marquardt import State, damped_step, minimise
 from rconv_fast.heads.roots import RootSystem
 
 # The normal matrix has (B k)^2 entries and a handful of copies; beyond this many unknowns it is refused.
-MAX_UNKNOWNS = 8192
+MAX_UNKNOWNS = 4096
 # Hypotheses whose squared residual falls by less than this factor in five iterations are given up.
 _STALL = 0.995
 

@@ -129,6 +129,8 @@ def minimise(
         better = trial.cost < state.cost
         state = state.where(better, trial)
         lam = (lam * torch.where(better, _SUCCESS, _FAILURE)).clamp(*_RANGE)
+        if budget.spent:
+            break
         if iteration % _CHECK_EVERY != _CHECK_EVERY - 1:
             continue
         # synchronises: solved, stalled, or so damped that it no longer moves
@@ -136,7 +138,7 @@ def minimise(
         running = ~solved & (lam < _RANGE[1]) & (state.cost <= stall * before)
         result[active] = state.z
         keep = running.nonzero()[:, 0]
-        if len(keep) == 0 or budget.spent or (one_is_enough and bool(solved.any())):
+        if len(keep) == 0 or (one_is_enough and bool(solved.any())):
             return result
         if len(keep) < len(running):
             active, state, lam, problems = active[keep], state.take(keep), lam[keep], problems.take(keep)

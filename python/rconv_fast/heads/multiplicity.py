@@ -79,7 +79,10 @@ def count_occurrences(
     size = round(m * stated / implied)
     silent = loss.reduction == "mean" and loss.class_weights is None and m < size <= m + _SILENT
     if silent and abs(size * implied / (m * stated) - 1) <= tolerance and batch_size in (None, size):
-        return Occurrences(once, size, stated, f"{size - m} of {size} samples leave no trace in the gradient")
+        doubt = f"{size - m} of {size} samples leave no trace in the gradient"
+        if batch_size is None:
+            doubt += f", or it is {implied / stated:.6g} times what this loss gives for {m}: pass scale=None"
+        return Occurrences(once, size, stated, doubt)
     doubt = f"the gradient is {implied / stated:.6g} times what this loss gives for {m} samples: pass scale=None"
     return Occurrences(once, m, implied, doubt)
 

@@ -302,6 +302,7 @@ def solve_roots(
     iterations: int = 60,
     tolerance: float = 1e-15,
     damping: float = 1e-2,
+    stall: float = 1.0,
 ) -> Roots:
     """Run Levenberg-Marquardt on every (label, start) pair at once.
 
@@ -311,7 +312,7 @@ def solve_roots(
         The equations of m pairs.
     start : Tensor, shape (m, k)
         First guess of z.
-    budget, iterations, tolerance, damping
+    budget, iterations, tolerance, damping, stall
         As in :func:`~rconv_fast.heads.levenberg_marquardt.minimise`.
 
     Returns
@@ -329,7 +330,13 @@ def solve_roots(
     z = torch.cat(
         [
             minimise(
-                problems.take(i), start[i], iterations=iterations, tolerance=tolerance, budget=budget, damping=damping
+                problems.take(i),
+                start[i],
+                iterations=iterations,
+                tolerance=tolerance,
+                budget=budget,
+                damping=damping,
+                stall=stall,
             )
             for i in torch.arange(m, device=start.device).split(chunk)
         ]

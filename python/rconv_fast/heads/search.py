@@ -25,6 +25,9 @@ _CHANCE = 1e-8
 _CERTIFICATE_LIMIT = 0.1
 # One sample's equations must outnumber its unknowns by this much before its root counts as proof.
 _PROOF_EXCESS = 2
+# Residual at which a problem is near enough to a root; five more steps must bring its square below this share.
+_NEAR = 1e-9
+_STALL = 0.99
 # A root of the deflated equations this close is polished and judged on the whole gradient.
 _CANDIDATE = 3e-2
 # A sample is reported only if its expected relative error is below: 1e-8 with float64, 3e-4 with float32 gradients.
@@ -120,20 +123,21 @@ class HeadProblem:
 
 @dataclass
 class Found:
-    """Separated samples: extended features, deltas, labels, residuals, weights in the gradient."""
+    """Separated samples: extended features, deltas, labels, residuals, weights in the gradient, proofs."""
 
     x: Tensor  # [m, d or d + 1]
     delta: Tensor  # [m, n]
     labels: Tensor
     residuals: Tensor
     weights: Tensor
+    alone: Tensor  # [m]: proven by its own equations; the others only by a whole batch that fits
 
     @classmethod
     def none(cls, factors: HeadFactors) -> Found:
         """No samples, in the shapes of `factors`."""
         x = factors.weight.new_zeros(0, factors.weight.shape[1])
         whole = torch.zeros(0, dtype=torch.int64, device=x.device)
-        return cls(x, x.new_zeros(0, factors.n_classes), whole, x.new_zeros(0), x.new_zeros(0))
+        return cls(x, x.new_zeros(0, factors.n_classes), whole, x.new_zeros(0), x.new_zeros(0), whole.bool())
 
     def __len__(self) -> int:
         return int(self.x.shape[0])
@@ -159,9 +163,10 @@ def search(problem: HeadProblem) -> Found:
     return found
 
 
-def certificate_limit(spare: int) -> float:
-    """Relative residual below which this many equations left over prove a root."""
-    return float(min(_CERTIFICATE_LIMIT, _CHANCE ** (1 / max(spare, 1))))
+def _certificate_limit(spare: Tensor) -> Tensor:
+    """Relative residual below which this many equations left over prove a root; 0 where none is."""
+    limit = _CHANCE ** (1 / spare.clamp_min(1).double())
+    return torch.where(spare > 0, limit.clamp_max(_CERTIFICATE_LIMIT), 0.0)
 
 
 def _limits(
@@ -183,16 +188,21 @@ def _limits(
 
 def _certified(
     problem: HeadProblem, factors: HeadFactors, roots: Roots, paired: bool, spare: int, slack: Slack | None = None
-) -> tuple[Tensor, Tensor]:
-    """Which roots are samples, and their relative residuals."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which roots can be samples, their relative residuals, and which of them are proven by that.
+
+    Classes whose softmax is below the noise say nothing: where the model is sure of two, any logits will do.
+    """
     off_span, pairing = _limits(problem, factors, roots, slack)
-    limit = certificate_limit(spare)
-    good = (roots.off_span <= off_span) & (off_span <= limit)
-    residual = roots.off_span
+    n = factors.n_classes
+    silent = (roots.d.abs() <= (off_span * roots.size)[:, None] / n**0.5).sum(1)
+    good, residual, bound = roots.off_span <= off_span, roots.off_span, off_span
     if paired:
-        good &= ((roots.pairing - 1).abs() <= pairing) & (pairing <= limit)
+        good &= (roots.pairing - 1).abs() <= pairing
         residual = torch.maximum(residual, (roots.pairing - 1).abs())
-    return good & torch.isfinite(residual), residual
+        bound = torch.maximum(bound, pairing)
+    good &= torch.isfinite(residual) & (bound <= _certificate_limit(torch.full_like(silent, spare)))
+    return good, residual, good & (bound <= _certificate_limit(spare - silent))
 
 
 def _distinct(roots: Roots, good: Tensor, residual: Tensor) -> Tensor:
@@ -283,7 +293,7 @@ def _round(
     start = problem.normal(m, k) * spreads[index % len(spreads)][:, None]
     target, weight = problem.targets(tried)
     problems = RootProblems(system, target, weight, torch.full_like(weight, float(paired)))
-    roots = solve_roots(problems, start, budget=problem.head.budget)
+    roots = solve_roots(problems, start, budget=problem.head.budget, tolerance=_NEAR, stall=_STALL)
     near = roots.off_span <= _CANDIDATE
     if paired:
         near &= (roots.pairing - 1).abs() <= _CANDIDATE
@@ -309,18 +319,23 @@ def _refined(problem: HeadProblem, x: Tensor, labels: Tensor, paired: bool) -> F
         slack, excess = Slack.of(factors.u, labels), excess - 1
     problems = RootProblems(system, target, weight, torch.full_like(weight, float(paired)), slack)
     for _ in range(2):  # the second time, the pairing equation counts as much as its noise allows
-        roots = solve_roots(problems, start, budget=problem.head.budget, iterations=40, tolerance=1e-16, damping=1e-6)
+        roots = solve_roots(
+            problems, start, budget=problem.head.budget, iterations=40, tolerance=1e-16, damping=1e-6, stall=_STALL
+        )
         off_span, pairing = _limits(problem, factors, roots, slack)
         problems = replace(problems, scale=float(paired) * (off_span * roots.size / pairing).clamp(max=1.0))
         start = (_centred_logits(factors, roots.p) - system.base) @ system.g
-    good, residual = _certified(problem, factors, roots, paired, excess, slack)
+    good, residual, alone = _certified(problem, factors, roots, paired, excess, slack)
     good &= roots.pairing > 0
     level = off_span / problem.safety * roots.size
     if not problem.unit_known:  # samples too well classified to be seen would make the weight smaller than 1/rank
         problems = replace(problems, scale=torch.zeros_like(weight))
     accuracy = level * root_spread(factors, problems, roots)
     good &= accuracy <= problem.accuracy_limit
-    return _collect(factors, roots, labels, residual, _distinct(roots, good, residual), weight, rescale=not paired)
+    if bool((good & alone).any()):
+        good &= alone
+    keep = _distinct(roots, good, residual)
+    return _collect(factors, roots, labels, residual, alone, keep, weight, rescale=not paired)
 
 
 def _collect(
@@ -328,6 +343,7 @@ def _collect(
     roots: Roots,
     labels: Tensor,
     residual: Tensor,
+    alone: Tensor,
     keep: Tensor,
     weight: Tensor,
     rescale: bool = False,
@@ -340,6 +356,7 @@ def _collect(
         labels=labels[keep],
         residuals=residual[keep],
         weights=weight[keep] * scale,
+        alone=alone[keep],
     )
 
 
@@ -412,14 +429,14 @@ def _joint_samples(
     reach = (logits - logits.mean(1, keepdim=True)).abs().amax(1)
     roots = Roots(p, q, off_span.norm(dim=1) / d.norm(dim=1), (p * q).sum(1), d, reach)
     spare = factors.rank * (factors.n_classes - 1 - factors.rank + (factors.kappa is not None))
-    good, residual = _certified(problem, factors, roots, paired=True, spare=spare)
+    good, residual, alone = _certified(problem, factors, roots, paired=True, spare=spare)
     mixing = (q @ p.mT - torch.eye(len(p), dtype=p.dtype, device=p.device)).abs().amax(1)
     relative = problem.noise / factors.s[-1] + problem.head.rounding
     good &= mixing <= problem.safety * relative * q.norm(dim=1) * p.norm(dim=1).max()
     if not bool(good.all()):
         return None
     everyone = torch.arange(len(p), device=p.device)
-    return _collect(factors, roots, labels, torch.maximum(residual, mixing), everyone, weight)
+    return _collect(factors, roots, labels, torch.maximum(residual, mixing), alone, everyone, weight)
 
 
 def _label_hypotheses(problem: HeadProblem, factors: HeadFactors, found: Found) -> list[tuple[Tensor, int]]:

@@ -21,7 +21,7 @@ from rconv_fast.heads.roots import HeadFactors, RootSystem
 from rconv_fast.heads.search import Found, HeadProblem, search, truncated
 from rconv_fast.heads.separation import HeadSeparation
 from rconv_fast.heads.single import noisy_single_sample, single_sample
-from rconv_fast.heads.spectrum import noise_in_spectrum, noisy_rank, numerical_rank
+from rconv_fast.heads.spectrum import noise_in_spectrum, noisy_rank, numerical_rank, singular_triplets
 from rconv_fast.losses import Loss
 
 # ``q_a^T p_b`` of a complete separation is 0 or 1 this closely, or as closely as the noise allows.
@@ -30,8 +30,8 @@ _PAIRING = 1e-8
 _SHARE = 1e-6
 _COARSE_SHARE = 1e-2
 _NOISY_SHARE = 0.3
-# A search that has not ended by then will not end with success: the largest that do take three seconds.
-_SEARCH_SECONDS = 30.0
+# A search that has not ended by then will not end with success: the largest that do take a few seconds.
+_SEARCH_SECONDS = 60.0
 
 
 def separate_softmax_batch(
@@ -83,7 +83,7 @@ def separate_softmax_batch(
     seed : int
         Seed of the starting points. The result does not depend on it, except for what is found at all.
     time_limit : float, optional
-        Seconds after which the search ends with what it has; by default half a minute.
+        Seconds after which the search ends with what it has; by default one minute.
 
     Returns
     -------
@@ -167,7 +167,7 @@ def separate(head: Head, batch_size: int | None, given: Tensor | None, seed: int
     for problem, note in _problems(head, expected, given, torch.Generator().manual_seed(seed)):
         noisy = noisy_single_sample(problem.head, problem.factors, expected, given, note)
         found = noisy or _assemble(problem, search(problem), note, expected)
-        if len(found.inputs) == found.rank:
+        if len(found.inputs) == found.rank and found.reason in ("", note):
             break
     return found
 
@@ -184,7 +184,7 @@ def _problems(
     rank = numerical_rank(factors.s, shape, head.rounding)
     problems = [(_problem(head, truncated(factors, rank), *rest, spectrum=factors.s), "")]
     shown = None
-    if rank >= head.n_classes - 1:
+    if rank >= head.n_classes // 2:  # else the gap is where rounding explains it
         shown = noise_in_spectrum(torch.linalg.svdvals(head.grad_weight), (shape[0], head.grad_weight.shape[1]), rank)
     if shown is not None and expected in (None, shown[0]):
         sigma = head.grad_weight.new_full((), shown[1])
@@ -255,8 +255,7 @@ def _factors(head: Head) -> HeadFactors:
         matrix = torch.cat([head.grad_weight, kappa * head.grad_bias[:, None]], 1)
         weight = torch.cat([head.weight, head.bias[:, None] / kappa], 1)
         offset = torch.zeros_like(head.bias)
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return HeadFactors(u, s, vh, weight, offset, kappa)
+    return HeadFactors(*singular_triplets(matrix, head.rounding), weight, offset, kappa)
 
 
 def _assemble(problem: HeadProblem, found: Found, note: str, expected: int | None) -> HeadSeparation:
@@ -267,6 +266,8 @@ def _assemble(problem: HeadProblem, found: Found, note: str, expected: int | Non
     pairing = (q @ p.mT - torch.eye(m, dtype=p.dtype, device=p.device)).abs().amax() if m else torch.ones(())
     bound = min(max(_PAIRING, (problem.noise / float(factors.s[-1])) ** 0.5), 0.1)
     explained = m == problem.rank and (head.noisy or float(pairing) <= bound)
+    if not explained and not bool(found.alone.all()):
+        return _assemble(problem, found.take(found.alone), note, expected)
     counted = _occurrences(problem, found, expected)
     reason = (note or counted.doubt) if explained else _reason(problem, found)
     scale, errors = counted.scale, None

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Singular values of noise alone: at least so many, half of them within this factor, this far below the others.
 _TAIL_COUNT = 3
 _TAIL_SPREAD = 30.0
 _TAIL_GAP = 10.0
+# A matrix with more rows is first projected on a random range of so many dimensions, which hold most batches.
+_RANGE_FROM = 256
+_RANGE = 128
+
+
+def singular_triplets(matrix: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``U, S, V^T``; only the leading ones where the rest is less than the rounding.
+
+    References
+    ----------
+    Halko, Martinsson and Tropp, SIAM Review 53(2), 2011, algorithms 4.4 and 5.1.
+    """
+    if min(matrix.shape) > _RANGE_FROM:
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.randn(matrix.shape[1], _RANGE, generator=generator, dtype=torch.float64).to(matrix)
+        basis = torch.linalg.qr(matrix @ draws).Q
+        basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
+        inside = basis.mT @ matrix
+        if (matrix - basis @ inside).norm() <= rounding * max(matrix.shape) ** 0.5 * matrix.norm():
+            u, s, vh = torch.linalg.svd(inside, full_matrices=False)
+            return basis @ u, s, vh
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, s, vh
 
 
 def numerical_rank(singular_values: Tensor, shape: tuple[int, int], rounding: float) -> int:
