@@ -28,8 +28,8 @@ def main() -> None:
     gradients = rconv_fast.gradients_from_update(before, after, lr=1.0)
     found = rconv_fast.invert(model, gradients, input_shape=(3, 32, 32))
     print(found.summary())
-    # The float32 weights were rounded after the step. That adds noise of about 6e-8 * |weight| / lr to
-    # each gradient, more than its own rounding: the match can end just above what `verified` asks for.
+    # The float32 weights were rounded after the step. That leaves noise of about 6e-8 * |weight| / lr in each
+    # gradient, more than its own rounding: `gradients.noise` has it entry by entry, and `invert` uses it.
     print(f"label {found.labels.tolist()}, PSNR {rconv_fast.psnr(found.inputs.float(), sample):.0f} dB")
 
 
