@@ -94,6 +94,15 @@ def test_activations_with_a_valley_are_passed(activation: nn.Module) -> None:
     assert_recovered(model, photo(16))
 
 
+def test_a_global_average_is_passed_by_packing() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 5, 2, 2), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(64, 96, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10),
+    )  # fmt: skip
+    done = assert_recovered(model, photo(16))
+    assert "packing" in done.result.layers[0].patterns
+
+
 def test_what_no_pattern_determines_is_said_beforehand() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 10))
     result = attack(model.double(), photo(16)).result

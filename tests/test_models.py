@@ -28,6 +28,13 @@ TABLE: dict[str, tuple[list[int], list[int], list[int], int, int]] = {
     "cnn4_224": ([32, 256, 256, 256], [7, 5, 5, 3], [2, 2, 2, 2], 50176, 100),
     "patch_cnn_224": ([192, 256, 256], [4, 5, 3], [4, 2, 2], 50176, 100),
 }
+POOLED: dict[str, tuple[list[int], tuple[int, ...], list[int]]] = {  # filters, input shape, fully connected widths
+    "fedavg_cnn": ([32, 64], (1, 28, 28), [3136, 512]),
+    "lenet5": ([6, 16], (1, 28, 28), [400, 120, 84]),
+    "flower_tutorial": ([6, 16], (3, 32, 32), [400, 120, 84]),
+    "vgg_block": ([32, 64, 128], (3, 32, 32), [8192]),
+    "gap_cnn": ([64, 128, 256], (3, 32, 32), [256]),
+}
 LEAKY_FIRST = {"lenet_o": 2, "lenet_o_notebook": 2, "lenet_notebook": 2, "lenet_4_relu": 1, "cnn6_o": 2}
 
 
@@ -36,7 +43,7 @@ def convolutions(model: nn.Module) -> list[nn.Conv2d]:
 
 
 def test_every_model_is_in_the_table() -> None:
-    assert set(models.MODELS) == set(TABLE)
+    assert set(models.MODELS) == {*TABLE, *POOLED}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -52,6 +59,15 @@ def test_shapes_are_those_of_the_papers(name: str) -> None:
     side = 224 if name.endswith("224") else 32
     with torch.no_grad():
         assert model(torch.zeros(1, 3, side, side)).shape == (1, outputs)
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_networks_as_people_train_them(name: str) -> None:
+    filters, shape, widths = POOLED[name]
+    model = models.MODELS[name](dtype=torch.float32)
+    assert [c.out_channels for c in convolutions(model)] == filters
+    assert [m.in_features for m in model.modules() if isinstance(m, nn.Linear)] == widths
+    assert model(torch.zeros(2, *shape)).shape[0] == 2
 
 
 @pytest.mark.parametrize("name", [n for n in TABLE if not n.endswith("224")])

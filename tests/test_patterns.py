@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,12 @@ from rconv_fast.budget import Budget
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.windows import Windows
 from rconv_fast.patterns.alternation import DESCENT, GENTLE, SHARP, SOFT, alternate
+from rconv_fast.patterns.averages import arrange
 from rconv_fast.patterns.certificate import certify
 from rconv_fast.patterns.descent import descend
 from rconv_fast.patterns.least_squares import WeightedSolver, value_gram
 from rconv_fast.patterns.maxima import Maxima
+from rconv_fast.patterns.packing import find_columns
 from rconv_fast.patterns.problem import Convolution, Problem, Reading
 from rconv_fast.solve import WeightRows
 
@@ -186,3 +189,22 @@ def test_dense_and_iterative_solves_agree(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("rconv_fast.patterns.least_squares.MAX_DENSE", 0)
     monkeypatch.setattr("rconv_fast.patterns.least_squares.ITERATIONS", 400)
     torch.testing.assert_close(solver.solve(reading, weight, 1e-2, None), dense, rtol=1e-6, atol=1e-8)
+
+
+def test_columns_of_a_hidden_matrix_are_found_by_packing() -> None:
+    rng = np.random.default_rng(3)
+    n, filters, size = 9, 60, 12
+    patches = rng.standard_normal((n, size))
+    weight, bias = rng.standard_normal((filters, size)), 0.3 * rng.standard_normal(filters)
+    columns = (patches @ weight.T + bias > 0).T.astype(float)
+    found, _ = find_columns(columns @ patches, columns.sum(1), weight, bias, n, Budget.seconds(20))
+    assert found is not None
+    assert sorted(map(tuple, found.T)) == sorted(map(tuple, columns.T))
+
+
+def test_overlapping_patches_are_put_in_their_places() -> None:
+    geometry = ConvGeometry.create("test", 2, 1, (6, 6), 3, 2, 1)
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64)
+    patches = F.unfold(x, 3, padding=1, stride=2)[0].mT.numpy()
+    shuffled = np.random.default_rng(0).permutation(len(patches))
+    assert np.array_equal(shuffled[arrange(geometry, patches[shuffled])], np.arange(len(patches)))

@@ -11,6 +11,9 @@ References
    Efficient Data Reconstruction via Convolutional Gradients. WISE 2024, LNCS 15440.
 .. [2] J. Zhu, M. Blaschko. R-GAP: Recursive Gradient Attack on Privacy. ICLR 2021.
 .. [3] L. Zhu, Z. Liu, S. Han. Deep Leakage from Gradients. NeurIPS 2019.
+.. [4] H. B. McMahan, E. Moore, D. Ramage, S. Hampson, B. Aguera y Arcas. Communication-Efficient Learning of Deep
+   Networks from Decentralized Data. AISTATS 2017.
+.. [5] Y. LeCun, L. Bottou, Y. Bengio, P. Haffner. Gradient-Based Learning Applied to Document Recognition. 1998.
 """
 
 from __future__ import annotations
@@ -109,13 +112,14 @@ FIRST_LAYERS: dict[str, FirstLayer] = {
 
 @dataclass(frozen=True)
 class _Conv:
-    """One convolution of a chain, with the activation behind it."""
+    """One convolution of a chain, with the activation behind it and (sides of its windows, 0: none) a max pool."""
 
     filters: int
     kernel: int
     stride: int
     padding: int
     activation: str
+    pool: int = 0
 
 
 def lenet(activation: str = "sigmoid", **options: Unpack[Options]) -> nn.Sequential:
@@ -245,6 +249,58 @@ def patch_cnn_224(activation: str = "relu", **options: Unpack[Options]) -> nn.Se
     return _chain("patch_cnn_224", convs, {"image_size": 224, "init": "torch", **options})
 
 
+GREY: Options = {"n_classes": 10, "in_channels": 1, "image_size": 28, "init": "torch"}
+
+
+def fedavg_cnn(
+    activation: str = "relu", *, filters: Sequence[int] = (32, 64), hidden: int = 512, **options: Unpack[Options]
+) -> nn.Sequential:
+    """Build the CNN of FedAvg [4]_: two 5x5 convolutions, each with 2x2 max pooling, and a hidden layer.
+
+    With torch's own initialisation, for grey 28x28 pictures of ten classes unless the options say otherwise.
+    """
+    require(len(filters) == 2, "fedavg_cnn", "filters", "have 2 entries", len(filters))
+    convs = [_Conv(n, 5, 1, 2, activation, pool=2) for n in filters]
+    return _chain("fedavg_cnn", convs, {**GREY, **options}, hidden=[(hidden, activation)])
+
+
+def lenet5(activation: str = "tanh", **options: Unpack[Options]) -> nn.Sequential:
+    """Build LeNet-5 [5]_ as it is built today: 6 and 16 filters, max pooling, hidden layers of 120 and 84.
+
+    With torch's own initialisation, for grey 28x28 pictures of ten classes unless the options say otherwise.
+    """
+    convs = [_Conv(6, 5, 1, 2, activation, pool=2), _Conv(16, 5, 1, 0, activation, pool=2)]
+    return _chain("lenet5", convs, {**GREY, **options}, hidden=[(120, activation), (84, activation)])
+
+
+def flower_tutorial(activation: str = "relu", **options: Unpack[Options]) -> nn.Sequential:
+    """Build the network of Flower's PyTorch tutorial: LeNet-5's sizes without padding, for 32x32 colour pictures.
+
+    With torch's own initialisation. Its 6 and 16 filters are too few to determine a picture.
+    """
+    convs = [_Conv(6, 5, 1, 0, activation, pool=2), _Conv(16, 5, 1, 0, activation, pool=2)]
+    defaults: Options = {"n_classes": 10, "init": "torch"}
+    return _chain("flower_tutorial", convs, {**defaults, **options}, hidden=[(120, activation), (84, activation)])
+
+
+def vgg_block(activation: str = "relu", **options: Unpack[Options]) -> nn.Sequential:
+    """Build a small VGG: 3x3 convolutions of 32 and 64 filters, a max pool, 128 filters, a max pool.
+
+    With torch's own initialisation.
+    """
+    convs = [_Conv(32, 3, 1, 1, activation), *(_Conv(n, 3, 1, 1, activation, pool=2) for n in (64, 128))]
+    return _chain("vgg_block", convs, {"init": "torch", **options})
+
+
+def gap_cnn(activation: str = "relu", **options: Unpack[Options]) -> nn.Sequential:
+    """Build three strided convolutions of 64, 128 and 256 filters, then a global average in front of the head.
+
+    With torch's own initialisation. The average of 4x4 positions hides which of them each filter is active at.
+    """
+    convs = [_Conv(64, 5, 2, 2, activation), _Conv(128, 3, 2, 1, activation), _Conv(256, 3, 2, 1, activation)]
+    return _chain("gap_cnn", convs, {"init": "torch", **options}, average=True)
+
+
 MODELS: dict[str, Callable[..., nn.Sequential]] = {
     factory.__name__: factory
     for factory in (
@@ -260,6 +316,11 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {
         cnn3,
         cnn4_224,
         patch_cnn_224,
+        fedavg_cnn,
+        lenet5,
+        flower_tutorial,
+        vgg_block,
+        gap_cnn,
     )
 }
 """All factories by name; each can be called without arguments."""
@@ -272,8 +333,15 @@ def _lenet(function: str, filters: Sequence[int], activations: Sequence[str], op
     return _chain(function, convs, options)
 
 
-def _chain(function: str, convs: Sequence[_Conv], options: Options, bias: bool = True) -> nn.Sequential:
-    """Build convolutions with activations, a flatten and one linear layer, and draw the parameters."""
+def _chain(
+    function: str,
+    convs: Sequence[_Conv],
+    options: Options,
+    bias: bool = True,
+    hidden: Sequence[tuple[int, str]] = (),
+    average: bool = False,
+) -> nn.Sequential:
+    """Build convolutions (and a global average), a flatten, hidden layers and one linear layer; draw the parameters."""
     unknown = sorted(options.keys() - Options.__annotations__.keys())
     require(not unknown, function, "options", f"be among {', '.join(Options.__annotations__)}", ", ".join(unknown))
     n_classes, channels = options.get("n_classes", 100), options.get("in_channels", 3)
@@ -293,8 +361,18 @@ def _chain(function: str, convs: Sequence[_Conv], options: Options, bias: bool =
             layers[f"conv{i}"] = nn.Conv2d(channels, conv.filters, *shape, bias=bias, dtype=dtype)
             layers[f"act{i}"] = ACTIVATIONS[conv.activation]()
             channels, size = conv.filters, (geometry.out_size[0], geometry.out_size[1])
+            if conv.pool:
+                layers[f"pool{i}"] = nn.MaxPool2d(conv.pool)
+                size = (size[0] // conv.pool, size[1] // conv.pool)
+        if average:
+            layers["average"], size = nn.AdaptiveAvgPool2d(1), (1, 1)
         layers["flatten"] = nn.Flatten()
-        layers["fc"] = nn.Linear(channels * math.prod(size), n_classes, bias=bias, dtype=dtype)
+        features = channels * math.prod(size)
+        for i, (width, activation) in enumerate(hidden, start=1):
+            layers[f"hidden{i}"] = nn.Linear(features, width, bias=bias, dtype=dtype)
+            layers[f"act{len(convs) + i}"] = ACTIVATIONS[activation]()
+            features = width
+        layers["fc"] = nn.Linear(features, n_classes, bias=bias, dtype=dtype)
     model = nn.Sequential(layers).to_empty(device="cpu")
     _draw(model, init, options.get("seed", 0))
     return model

@@ -23,7 +23,7 @@ SMOOTH, SMALL = 0.1, 1e-3
 # A filter's rows weigh ``s^2 / (v_f + 0.05 median v)``, v_f their mean square misfit.
 FLOOR = 0.05
 # and at most this many times what makes both kinds of rows count the same: fewer rows than unknowns fit any input.
-MOST = 10.0
+MOST = 30.0
 # Misfit from which the pattern is worth a tight solve.
 GATE = 1e-3
 # The alternation gives up after so many iterations that do not gain a tenth.

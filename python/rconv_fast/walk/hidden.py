@@ -6,22 +6,26 @@ what rises, and an affine map beside the convolution is part of it, ``s (W x + b
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from rconv_fast.budget import Budget
 from rconv_fast.layers.activation import Activation, ActivationRule
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
-from rconv_fast.patterns.alternation import DESCENT, GENTLE, SHARP, SOFT, alternate
+from rconv_fast.patterns.alternation import DESCENT, GENTLE, SHARP, SOFT, Schedule, alternate
+from rconv_fast.patterns.averages import Averages, pack
 from rconv_fast.patterns.branches import Branches
-from rconv_fast.patterns.certificate import Certified
+from rconv_fast.patterns.certificate import Certified, certify
 from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.problem import Convolution, Hidden, Problem
 from rconv_fast.patterns.threshold import snap
@@ -34,6 +38,10 @@ from rconv_fast.walk.report import LayerReport
 TOLERANCE, LEAST_TOLERANCE = 1e3, 1e-10
 # Outputs this near, in units of that tolerance, are equal.
 TIE = 0.1
+# Gradients behind an average over all positions are this even.
+EVEN = 1e-6
+# Longest search of a packing.
+PACKING_SECONDS = 60.0
 SCHEDULES = (SHARP, SOFT, DESCENT, GENTLE)
 
 
@@ -65,9 +73,9 @@ class _Chain:
     hidden: Step
 
     @property
-    def steps(self) -> tuple[Step, ...]:
-        """Behind the convolution."""
-        return (*self.between, self.hidden)
+    def before_hidden(self) -> Step:
+        """What the hidden layer takes."""
+        return self.between[-1] if self.between else self.conv
 
 
 def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
@@ -83,25 +91,56 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
         Noise of the gradients, time, who is told.
     """
     assert passed.stop is not None
-    kind = graph.steps[passed.stop.step].rule.kind
+    rule = graph.steps[passed.stop.step].rule
     chain = _chain(graph, passed.stop.step)
     problem = None if chain is None else _problem(graph, passed, chain, options)
     if chain is None or problem is None:
-        return Outcome(reason=f"{kind}, behind something else than one convolution with what rises between")
-    system = problem.system(problem.hidden.tight(problem.hidden.choose(problem.hidden.relaxed().target)))
+        other = f"{rule.kind}, behind something else than one convolution with what rises between"
+        return Outcome(reason=other if rule.hidden else passed.stop.reason)
+    system = problem.system(
+        problem.hidden.tight(problem.hidden.choose(torch.ones_like(problem.hidden.relaxed().target)))
+    )
     if system.count < system.unknowns:
         few = f"{system.count} equations for {system.unknowns} unknowns under any pattern"
-        return Outcome(reason=f"{kind}, where {few} do not determine the input")
+        return Outcome(reason=f"{rule.kind}, where {few} do not determine the input")
     start = time.perf_counter()
-    for schedule in SCHEDULES:
-        options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} ({schedule.name})"))
-        attempt = alternate(problem, schedule, options.budget)
-        if attempt.certified is not None:
-            how = f"{schedule.name}, {attempt.iterations} iterations, {time.perf_counter() - start:.1f} s"
-            return _outcome(graph, chain, problem, attempt.certified, how, time.perf_counter() - start)
+    for name, propose in _proposals(problem, chain):
+        options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} ({name})"))
+        found, steps = propose(options.budget)
+        seconds = time.perf_counter() - start
+        if found is not None:
+            return _outcome(graph, chain, problem, found, f"{name}, {steps}, {seconds:.1f} s", seconds)
         if options.budget.spent:
             break
-    return Outcome(reason=f"{kind}, of which no pattern was found")
+    return Outcome(reason=f"{rule.kind}, of which no pattern was found")
+
+
+Proposal = Callable[[Budget], "tuple[Certified | None, str]"]
+
+
+def _proposals(problem: Problem, chain: _Chain) -> Iterator[tuple[str, Proposal]]:
+    """Ways to search, cheapest first, by name."""
+    if isinstance(problem.hidden, Averages):
+        yield "packing", lambda budget: _packed(problem, chain, budget)
+        return
+    for schedule in SCHEDULES:
+        yield schedule.name, functools.partial(_alternated, problem, schedule)
+
+
+def _alternated(problem: Problem, schedule: Schedule, budget: Budget) -> tuple[Certified | None, str]:
+    attempt = alternate(problem, schedule, budget)
+    return attempt.certified, f"{attempt.iterations} iterations"
+
+
+def _packed(problem: Problem, chain: _Chain, budget: Budget) -> tuple[Certified | None, str]:
+    """The pattern of a global average, whose row sums are the gradients of the biases."""
+    assert isinstance(problem.hidden, Averages)
+    made_by = chain.before_hidden.rule
+    grad_bias = made_by.grad_bias if isinstance(made_by, ConvRule | AffineRule) else None
+    if grad_bias is None:
+        return None, ""
+    pattern, programs = pack(problem.convolution, problem.hidden, grad_bias, budget.at_most(PACKING_SECONDS))
+    return None if pattern is None else certify(problem, pattern), f"{programs} linear programs"
 
 
 def _outcome(graph: Graph, chain: _Chain, problem: Problem, found: Certified, how: str, seconds: float) -> Outcome:
@@ -110,7 +149,7 @@ def _outcome(graph: Graph, chain: _Chain, problem: Problem, found: Certified, ho
     x = found.x.reshape(graph.steps[name].shape)
     values = {name: x}
     with torch.no_grad():
-        for step in (chain.conv, *chain.between):
+        for step in (chain.conv, *chain.between, chain.hidden):
             values[step.name] = x = step.forward(x)
     pieces = problem.hidden.pieces(problem.convolution.output(found.x), TIE * problem.tolerance)
     evidence = replace(found.solution.evidence, proof="pattern")
@@ -137,10 +176,15 @@ def _chain(graph: Graph, name: str) -> _Chain | None:
 def _problem(graph: Graph, passed: Pass, chain: _Chain, options: Options) -> Problem | None:
     """The hidden layer as a problem of its convolution, or None where it is of another kind."""
     folded, rest = _fold(graph, chain)
-    behind = _knowledge_behind(graph, passed, chain.hidden)
-    if folded is None or behind is None:
+    if folded is None:
         return None
     tolerance = max(LEAST_TOLERANCE, TOLERANCE * options.precision)
+    if isinstance(chain.hidden.rule, ActivationRule):
+        averages = None if rest else _averages(graph, passed, chain.hidden)
+        return None if averages is None else Problem(folded, averages, tolerance)
+    behind = _knowledge_behind(graph, passed, chain.hidden)
+    if behind is None:
+        return None
     grad = passed.grads[chain.hidden.name]
     hidden: Hidden | None = None
     match chain.hidden.rule:
@@ -200,6 +244,20 @@ def _knowledge_behind(graph: Graph, passed: Pass, step: Step) -> Knowledge | Non
         return None
     behind = _knowledge_behind(graph, passed, consumer)
     return None if behind is None else consumer.rule.pull_value(behind, 0, [None])
+
+
+def _averages(graph: Graph, passed: Pass, step: Step) -> Averages | None:
+    """One sample's rectified outputs in front of an average over all positions, else None."""
+    rule, grad, consumers = step.rule, passed.grads[step.name].flatten(2), graph.consumers[step.name]
+    assert isinstance(rule, ActivationRule)
+    a = rule.activation
+    behind = _knowledge_behind(graph, passed, graph.steps[consumers[0][0]]) if len(consumers) == 1 else None
+    if behind is None or not behind.is_full or behind.value.numel() != grad.shape[1]:
+        return None
+    even = bool(torch.isclose(grad, grad.mean(-1, keepdim=True), rtol=EVEN, atol=0).all())
+    rectifies = (a.low, a.high, a.flats) == (0.0, math.inf, (0.0,))
+    usable = even and rectifies and grad.ndim == 3
+    return Averages(behind.value.reshape(1, -1), grad.sum(-1), grad.shape[-1]) if usable else None
 
 
 def _maxima(

@@ -273,7 +273,7 @@ class _Recursion:
                 reason = f"{rule.kind}, whose output the layers behind it do not determine"
                 if y is not None:
                     reason = f"{rule.kind}, of which no pattern was found"
-                raise _Halt(Stop(name, consumer.label, reason, hidden=rule.hidden))
+                raise _Halt(Stop(name, consumer.label, reason, hidden=True))
             total = total + rule.pull_gradient(self.grads[name], y, operand, step.shape)
         return total
 
