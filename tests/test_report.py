@@ -6,6 +6,7 @@ import io
 import json
 import math
 import pickle
+import random
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from rconv_fast.errors import ArgumentError
+from rconv_fast.containers import read_state
+from rconv_fast.errors import ArgumentError, RconvError
 from rconv_fast.progress import Event, LogLines, ProgressDisplay
 from rconv_fast.report import files, page, payload, pictures, png, text
 from rconv_fast.verdict import Sample
@@ -251,6 +253,28 @@ def test_no_file_is_ever_unpickled(tmp_path: Path, name: str) -> None:
         files.load_tensors(tmp_path / name, "--state")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("n_files", [60, pytest.param(5000, marks=pytest.mark.slow)])
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path, n_files: int) -> None:
+    """Whole files cut short, with other bytes in them, or all noise: read, or one line; nothing else."""
+    tensors, generator = {"a": torch.rand(3, 4), "b": torch.arange(5)}, random.Random(0)
+    save_file(tensors, tmp_path / "t.safetensors")
+    np.savez(tmp_path / "t.npz", **{name: t.numpy() for name, t in tensors.items()})
+    torch.save({"state_dict": tensors, "epoch": 1}, tmp_path / "t.pt")
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for _ in range(n_files):
+        name = generator.choice(sorted(whole))
+        data = bytearray(whole[name])
+        for place in generator.sample(range(len(data)), generator.randint(1, 6)):
+            data[place] = generator.randrange(256)
+        (tmp_path / name).write_bytes(bytes(data[: generator.choice([len(data), generator.randrange(len(data))])]))
+        said = ""
+        try:
+            read_state("f", "state", files.load_tensors(tmp_path / name, "--state"), ["a", "b"])
+        except RconvError as error:
+            said = str(error)
+        assert "\n" not in said
 
 
 def test_other_contents_are_refused(tmp_path: Path) -> None:

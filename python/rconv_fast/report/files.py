@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,13 @@ def load_tensors(path: Path, argument: str) -> Any:
 
             return load_file(path)
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive.items())
             unnamed = [f"arr_{i}" for i in range(len(arrays))]
             return [arrays[name] for name in unnamed] if set(unnamed) == set(arrays) else arrays
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch's remarks on a file's age, or on bytes that are no file of its own
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the libraries raise whatever the bytes lead them into
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         must = "be safetensors, npz or loadable with torch.load(weights_only=True)"
