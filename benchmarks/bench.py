@@ -95,11 +95,12 @@ class Rate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a case succeeded, how near it came, and if it failed one phrase why."""
+    """Whether a case succeeded, how near it came, if it failed one phrase why, and whether the answer was proven."""
 
     success: bool
     psnr: float
     why: str = ""
+    verified: bool = False
 
 
 @dataclass
@@ -172,7 +173,7 @@ def _run_entry(entry: Entry, *, min_run_time: float) -> dict[str, Any]:
 
 
 def _run_rate(rate: Rate) -> dict[str, Any]:
-    seconds, quality, failures = [], [], {}
+    seconds, quality, failures, verified = [], [], {}, 0
     for name, setup in rate.cases.items():
         try:
             inputs = setup()
@@ -183,6 +184,7 @@ def _run_rate(rate: Rate) -> dict[str, Any]:
             outcome = rate.judge(returned)
         except Exception as error:
             outcome = Outcome(False, float("nan"), f"{type(error).__name__}: {error}".splitlines()[0])
+        verified += outcome.verified
         quality += [outcome.psnr] if outcome.psnr == outcome.psnr else []
         if not outcome.success:
             failures[name] = outcome.why or "not verified"
@@ -191,6 +193,7 @@ def _run_rate(rate: Rate) -> dict[str, Any]:
     record = {
         "cases": len(rate.cases),
         "successes": len(rate.cases) - len(failures),
+        "verified": verified,
         "median psnr": statistics.median(quality) if quality else None,
         "least psnr": min(quality, default=None),
         "failures": failures,

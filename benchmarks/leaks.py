@@ -90,6 +90,6 @@ def judge(answer: Answer) -> Outcome:
     quality = worst_psnr(answer)
     near = quality >= SUCCESS_PSNR
     if found.verified and not near:
-        return Outcome(False, quality, f"WRONG but verified ({quality:.0f} dB)")
+        return Outcome(False, quality, f"WRONG but verified ({quality:.0f} dB)", True)
     why = getattr(found, "reason", "") or next(iter(found.notes), "")
-    return Outcome(near, quality, "" if near else f"{quality:.0f} dB: {why}")
+    return Outcome(near, quality, "" if near else f"{quality:.0f} dB: {why}", found.verified)

@@ -72,13 +72,14 @@ def of_rates(results: list[Result]) -> str:
             [
                 short(r["name"]),
                 f"{facts['successes']} of {facts['cases']}",
+                str(facts["verified"]),
                 decibels(facts["median psnr"]),
                 decibels(facts["least psnr"]),
                 seconds(r["ours"]["median"]),
                 failed.replace("|", "/"),
             ]
         )
-    return table(["cases", "recovered", "median PSNR", "least PSNR", "median time", "failures"], rows)
+    return table(["cases", "recovered", "verified", "median PSNR", "least PSNR", "median time", "failures"], rows)
 
 
 def of_attacks(results: list[Result]) -> str:

@@ -83,12 +83,13 @@ def test_a_rate_names_its_failures() -> None:
     def setup() -> Any:
         raise ValueError("no photo")
 
-    good, far = bench.Outcome(True, 200.0), bench.Outcome(False, 20.0, "open")
+    good, far = bench.Outcome(True, 200.0, verified=True), bench.Outcome(False, 20.0, "open")
     rate = bench.Rate("x/rate", {"a": lambda: good, "b": lambda: far, "c": setup}, lambda o: o, lambda o: o)
     result = bench.run_entry(rate, min_run_time=0.0)
     assert result["record"] == {
         "cases": 3,
         "successes": 1,
+        "verified": 1,
         "median psnr": 110.0,
         "least psnr": 20.0,
         "failures": {"b": "open", "c": "ValueError: no photo"},
@@ -250,7 +251,7 @@ def test_every_kind_of_result_becomes_a_table() -> None:
     results[3]["references"] |= {f"{build.COPY}, replayed": {"median": 7e-6}, "ours, replayed": {"median": 4e-6}}
     text = publish.tables(results)
     assert " 1.75 |" in text
-    assert "| 1 of 1 |" in text
+    assert "| 1 of 1 | 1 |" in text
     assert len(text.split("\n\n")) == 6  # attacks, rates, a layer, builders, the roofline, and the values alone
     for part in text.split("\n\n"):
         assert len({line.count("|") for line in part.splitlines()}) == 1
