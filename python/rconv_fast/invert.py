@@ -166,6 +166,11 @@ class _Request:
         return noise_of(self.gradients, self.noise)
 
     @cached_property
+    def client(self) -> nn.Module | None:
+        """A copy in the precision the client computed in; None where that is the working precision."""
+        return working_copy(self.model, torch.float32) if _dtype_of(self.model) == torch.float32 else None
+
+    @cached_property
     def working_model(self) -> nn.Module:
         """A copy in working precision, to run candidates through."""
         return working_copy(self.model, self.dtype)
@@ -256,7 +261,8 @@ def _estimated(request: _Request, answer: Answer, observation: Observation, repo
         answer.inputs,
         request.budget,
         free_scale=request.observation.scale is None,
-        client=working_copy(request.model, torch.float32) if rounded else None,
+        client=request.client,
+        measure=rounded,
     )
     if found is None or (answer.good and not fits(found.chi2, found.dof)):
         return answer

@@ -28,6 +28,7 @@ def joint_answer(
     *,
     free_scale: bool = False,
     client: nn.Module | None = None,
+    measure: bool = False,
 ) -> Estimate | None:
     r"""The most likely inputs, from the better of two starts.
 
@@ -50,7 +51,9 @@ def joint_answer(
     free_scale : bool
         Whether the scale is to be estimated too.
     client : nn.Module, optional
-        The model in the client's precision, where the noise is the rounding of its arithmetic: it is measured.
+        The model in the client's precision, for the error that its arithmetic adds.
+    measure : bool
+        Whether the noise is nothing but the client's rounding: it is then measured near the start.
 
     Returns
     -------
@@ -67,9 +70,9 @@ def joint_answer(
     if not starts:
         return None
     start = min(starts, key=problem.chi2)
-    if client is not None:
+    if measure and client is not None:
         observation = _with_arithmetic(observation, model, client, start, targets)
-    return estimate(model, observation, start, targets, free_scale=free_scale, budget=budget)
+    return estimate(model, observation, start, targets, free_scale=free_scale, client=client, budget=budget)
 
 
 def _with_arithmetic(

@@ -28,6 +28,8 @@ STALE = 60
 CAPS = (0.1, 0.0)
 # Contradicting bits that are flipped one by one at the end.
 FLIPS = 16
+# Runs of the client's arithmetic from which its share of the error bars is taken.
+ARITHMETIC_RUNS = 4
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def estimate(
     *,
     pattern: Pattern | None = None,
     free_scale: bool = False,
+    client: nn.Module | None = None,
     budget: Budget | None = None,
 ) -> Estimate:
     r"""The inputs that make the observed gradients most likely, from a start within some 20 dB of them.
@@ -104,6 +107,8 @@ def estimate(
         Bits to start with; those of the start if left out.
     free_scale : bool
         Whether the factor of the gradients is to be estimated too.
+    client : nn.Module, optional
+        The model in the client's precision: what its rounding adds to the error bars is measured.
     budget : Budget, optional
         When to end with what is known.
 
@@ -123,7 +128,7 @@ def estimate(
         model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor
     )
     bits = _first_bits(whole, x, pattern)
-    uneven = any(s.numel() > 1 for s in sigma.values())
+    uneven = any(not torch.equal(s, _capped(s, CAPS[0])) for s in sigma.values())
     iterations = 0
     for cap in CAPS if uneven else CAPS[-1:]:
         problem = replace(whole, sigma={name: _capped(s, cap) for name, s in sigma.items()})
@@ -133,9 +138,12 @@ def estimate(
     held = whole.with_pieces(_hold(whole, bits))
     with torch.no_grad():
         at_bits = held.values(x) if bits else {}
+    variance = found.information.variance
+    if client is not None:
+        variance = variance + _arithmetic_variance(held, client, found, observation)
     return Estimate(
         inputs=x,
-        uncertainty=found.information.variance.sqrt(),
+        uncertainty=variance.sqrt(),
         chi2=found.chi2 + found.penalty,
         dof=_entries(held, x) - int((~found.information.is_open).sum()) - int(free_scale),
         pattern=Pattern({name: at_bits[name] for name in bits}, origin="joint estimate"),
@@ -261,10 +269,33 @@ def _first_bits(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> Bit
 
 
 def _entry_noise(observation: Observation, name: str) -> Tensor:
-    """Standard deviation, at least the rounding of the arithmetic; infinite where a tensor is all zero."""
+    """Standard deviation, at least float64's rounding; infinite where a tensor is all zero and nothing is stated."""
     g = observation.gradients[name]
-    least = observation.rounding * float(g.square().mean().sqrt())
+    least = torch.finfo(torch.float64).eps * float(g.square().mean().sqrt())
     return observation.sigma(name).to(g).clamp_min(least if least > 0 else math.inf)
+
+
+def _arithmetic_variance(
+    problem: GradientMap, client: nn.Module, found: _Candidate, observation: Observation
+) -> Tensor:
+    """Variance that the client's arithmetic adds to each value: ``F^-1 J^T e`` for errors e of runs beside the answer.
+
+    Its rounding is shared by many entries of a gradient, which no standard deviation an entry shows. Half of the
+    variance is the value's own, half the mean, as the runs are few.
+    """
+    there = next(p for p in client.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    at = problem.at(found.x)
+    total = torch.zeros_like(found.x)
+    observation = replace(observation, scale=found.scale)
+    for _ in range(ARITHMETIC_RUNS):
+        beside = found.x * (1 + 1e-6 * torch.randn(found.x.shape, generator=generator, dtype=torch.float64).to(total))
+        rounded = beside.to(there.dtype)
+        fine = observation.gradients_at(problem.model, rounded.to(found.x), problem.targets)
+        coarse = observation.gradients_at(client, rounded, problem.targets)
+        errors = [coarse[name].to(total) - fine[name] for name in problem.parameters]
+        total += found.information.solve(at.adjoint(problem.whiten(errors))).square() / ARITHMETIC_RUNS
+    return (total + total.mean()) / 2
 
 
 def _capped(sigma: Tensor, cap: float) -> Tensor:
