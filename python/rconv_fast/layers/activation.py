@@ -1,7 +1,7 @@
 """Activations, inverted and differentiated in terms of their output ``a`` (R-CONV, table 1).
 
 The derivative of SoftPlus in the paper's table is wrong; it is ``A' = 1 - exp(-beta a)``. Every row is tested
-against autograd. Activations that are not monotone (GELU, SiLU, Mish, Hardswish) have no such form.
+against autograd. Activations that fall, then rise (GELU, SiLU, Mish, Hardswish) have no such form: see `valley`.
 """
 
 from __future__ import annotations
