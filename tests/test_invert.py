@@ -452,10 +452,8 @@ def test_what_is_determined_of_an_open_input_is_exact() -> None:
 
 MIDDLE = {
     "GELU behind ReLU": (nn.GELU(), "2", "GELU, behind something else than one convolution"),
-    "batch norm in training mode": (nn.BatchNorm2d(24), "2", "batch norm in training mode"),
-    "dropout in training mode": (nn.Dropout(0.5), "2", "dropout in training mode"),
-    "layer norm": (nn.LayerNorm([24, 6, 6]), "2", "LayerNorm: its statistics"),
-    "group norm": (nn.GroupNorm(4, 24), "2", "GroupNorm: its statistics"),
+    "alpha dropout in training mode": (nn.AlphaDropout(0.5), "2", "whose mask is not shared"),
+    "layer norm over the last axis": (nn.LayerNorm(6), "2", "over the last axes (6,) alone"),
     "softmax": (nn.Softmax(1), "2", "a layer with no rule"),
     "a falling PReLU": (nn.PReLU(init=-0.1), "2", "not monotone with these parameters"),
 }

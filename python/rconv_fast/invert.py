@@ -15,8 +15,9 @@ from rconv_fast.estimate import joint_answer, noise_of
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
 from rconv_fast.heads.head import rounding_of
 from rconv_fast.heads.tokens import token_ids
+from rconv_fast.layers.dropout import with_masks
 from rconv_fast.losses import Loss
-from rconv_fast.observation import Noise, Observation, SharedGradients
+from rconv_fast.observation import Match, Noise, Observation, SharedGradients
 from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
@@ -24,7 +25,7 @@ from rconv_fast.solve import PRIORS
 from rconv_fast.verdict import DOUBLE, Answer, Inversion, conclude, fits, match_bar, within_noise
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.graph import Graph, build_graph, opaque_graph
-from rconv_fast.walk.pass_ import INTERRUPTED, Known, Options
+from rconv_fast.walk.pass_ import INTERRUPTED, Known, Options, Pass
 from rconv_fast.walk.search import Found, only_input_open, recover
 from rconv_fast.wrappers import working_copy
 
@@ -175,6 +176,10 @@ class _Request:
         """A copy in working precision, to run candidates through."""
         return working_copy(self.model, self.dtype)
 
+    def masked_model(self, graph: Graph, passed: Pass) -> nn.Module:
+        """The working model that drops what a pass found dropped."""
+        return with_masks(self.working_model, list(graph.masks(passed.values).values()))
+
 
 def _inversion(
     request: _Request,
@@ -229,14 +234,16 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     options = Options(observation.precision, request.prior, request.budget, report)
     bar = match_bar(observation.precision)
 
-    def mismatch(inputs: Tensor) -> float:
-        return observation.compare(request.working_model, inputs[index], targets).relative
+    def compare(passed: Pass) -> Match:
+        return observation.compare(request.masked_model(graph, passed), passed.values[graph.input], targets)
+
+    def mismatch(passed: Pass) -> float:
+        return compare(passed.repeated(index)).relative
 
     found = recover(graph, grad_logits, known, options, mismatch, bar)
     found = replace(found, passed=found.passed.repeated(index))
     found = _polished(request, graph, found, targets, bar, report)
-    inputs = found.passed.values.get(graph.input)
-    match = None if inputs is None else observation.compare(request.working_model, inputs, targets)
+    match = compare(found.passed) if graph.input in found.passed.values else None
     good = match is not None and within_noise(match, observation.precision, noise_known=bool(observation.noise))
     stop = found.passed.stop
     interrupted = stop is not None and stop.reason == INTERRUPTED
@@ -294,7 +301,7 @@ def _polished(
     if inputs.numel() > POLISH_UP_TO:
         return found
     report(Event("input", "polish by gradient matching", residual=found.mismatch))
-    observation, model = request.observation, request.working_model
+    observation, model = request.observation, request.masked_model(graph, found.passed)
     better = polish(model, observation.gradients, inputs, targets, observation.loss, bar / 3)
     mismatch = observation.compare(model, better, targets).relative
     if not mismatch < found.mismatch:

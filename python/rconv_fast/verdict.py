@@ -190,6 +190,9 @@ def same_answer(first: Tensor, second: Tensor) -> bool:
 
 def what_misses(report: LayerReport, open_values: int) -> str:
     """By how many equations a layer falls short, as far as that is known; one short is a bound, not a count."""
+    if report.hidden and report.rank == report.unknowns - report.hidden:
+        constants = f"exact up to {report.hidden} constants that the norm behind it takes off"
+        return f"{report.name}: {constants} ({open_values} values): the running statistics would place them"
     short = report.unknowns - min(report.rows, report.rank)
     rank = "" if report.rank >= min(report.rows, report.unknowns - 1) else f" of rank {report.rank}"
     missing = f"{short} too few" if short > 1 else "not shown to have full rank"

@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor, nn
 
-from rconv_fast.layers.registry import BATCH_NORMS, CONVOLUTIONS
+from rconv_fast.layers.norm import BATCH_NORMS
+from rconv_fast.layers.registry import CONVOLUTIONS
 
 # Fewer values say nothing of their distribution.
 _ENOUGH = 64

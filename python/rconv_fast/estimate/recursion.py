@@ -26,7 +26,6 @@ from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.walk.graph import Graph, Step
-from rconv_fast.walk.pass_ import never_negative
 
 # Weight rows below this probability to be active are dropped.
 SURE = 0.99
@@ -89,7 +88,7 @@ def noisy_start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budge
         output = _at_output(problem, graph, layer, name, found, sizes)
         name = layer.inputs[0]
         found = _solve(problem, graph, layer, output, sizes[name])
-        if never_negative(graph, graph.steps[name]):
+        if graph.never_negative(name):
             found = _rectified(found)
     return found.value if name == graph.input else None
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from rconv_fast.layers.knowledge import Knowledge
-from rconv_fast.solve import Rows
+from rconv_fast.solve import NormalisedConv, Rows
 
 Forward = Callable[..., Tensor]
 Operands = Sequence[Tensor | None]
+Equations = Rows | NormalisedConv
 
 
 class Rule:
@@ -29,6 +30,7 @@ class Rule:
     kind: str
     needs_output: ClassVar[bool] = False
     hidden: ClassVar[bool] = False
+    own_statistics: ClassVar[bool] = False
 
     def at(self, piece: Tensor) -> Rule:
         """The rule of this layer with every value on the linear piece that `piece` names; only if `hidden`."""
@@ -52,8 +54,8 @@ class Rule:
 
     def rows_through(
         self, before: Rule, forward: Forward, grad: Tensor, y: Knowledge | None, shape: torch.Size
-    ) -> list[Rows]:
-        """Linear equations for the operand of the layer `before` this one, whose output y is this one's.
+    ) -> Sequence[Equations]:
+        """Equations for the operand of the layer `before` this one, whose output y is this one's.
 
         For a layer that cannot be inverted value by value, but is linear behind a linear one: ``y = f(before(x))``.
         `forward` is ``f(before(.))``, `grad` is ``dL/dy``, `shape` that of x.

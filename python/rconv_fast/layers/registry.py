@@ -17,6 +17,8 @@ from rconv_fast.layers.affine import AffineRule, SumRule
 from rconv_fast.layers.average import AverageRule
 from rconv_fast.layers.base import Rule, UnsupportedRule
 from rconv_fast.layers.conv import ConvRule, Stored
+from rconv_fast.layers.dropout import DROPOUT_CALLS, DROPOUTS, DropoutRule
+from rconv_fast.layers.norm import OWN_NORMS, has_own_statistics, norm_rule
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.layers.valley import VALLEY_CALLS, ValleyRule, valley_of_call, valley_of_module
@@ -24,8 +26,7 @@ from rconv_fast.layers.valley import VALLEY_CALLS, ValleyRule, valley_of_call, v
 GradientOf = Callable[[Tensor | None], Tensor | None]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+ALPHA_DROPOUTS = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 AVERAGES = (
     nn.AvgPool1d,
     nn.AvgPool2d,
@@ -169,9 +170,12 @@ def _linear_module(module: Any, call: Call) -> Rule:
 
 
 def _dropout_module(module: Any, call: Call) -> Rule | None:
-    if module.training and module.p > 0:
-        return UnsupportedRule(type(module).__name__, "dropout in training mode, whose mask is not shared")
-    return None
+    kind = type(module).__name__
+    if not module.training or module.p == 0:
+        return None
+    if isinstance(module, ALPHA_DROPOUTS):
+        return UnsupportedRule(kind, f"{kind} in training mode, whose mask is not shared")
+    return DropoutRule(kind, module.p)
 
 
 def _rearrange_module(module: nn.Module, call: Call) -> Rule:
@@ -265,12 +269,17 @@ def _stored(call: Call, weight: Tensor, bias: Tensor | None) -> Stored:
     return Stored(weight.detach(), None if bias is None else bias.detach(), *gradients, *names)
 
 
-def batch_norm_rule(module: Any, call: Call) -> Rule:
-    """``y = (x - mean) / sqrt(var + eps) * weight + bias`` with the running statistics."""
+def _norm_module(module: Any, call: Call) -> Rule:
+    """``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the running statistics or those of x itself."""
     kind = type(module).__name__
-    if module.training or module.running_mean is None:
-        return UnsupportedRule(kind, "batch norm in training mode, whose statistics are those of the private batch")
     (x,) = call.operands
+    if has_own_statistics(module):
+        own = norm_rule(module, x, call.gradient_of)
+        return (
+            UnsupportedRule(kind, f"{kind} over {module.normalized_shape} of {tuple(x.shape[1:])}")
+            if own is None
+            else own
+        )
     shape = (1, -1) + (1,) * (x.ndim - 2)
     scale = (module.running_var.to(call.dtype) + module.eps).rsqrt()
     shift = -module.running_mean.to(call.dtype) * scale
@@ -283,8 +292,11 @@ def batch_norm_rule(module: Any, call: Call) -> Rule:
 
 def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Rule | None:
     """The rule of a function or method call, `args` with example tensors for the operands."""
-    if name in IDENTITY_CALLS or (name == "dropout" and not kwargs.get("training", args[2:3] == (True,))):
+    if name in IDENTITY_CALLS:
         return None
+    if name in DROPOUT_CALLS:
+        bound = _bind(args, kwargs, p=0.5, training=True)
+        return DropoutRule(name, bound["p"]) if bound["training"] and bound["p"] > 0 else None
     if name in SUM_CALLS and len(call.operands) == 2:
         return _sum_rule(name, call, kwargs)
     if name in SUM_CALLS | SCALE_CALLS and len(call.operands) == 1:
@@ -349,8 +361,8 @@ def _affine_rule(name: str, call: Call) -> Rule:
 for _layers, _build in (
     (CONVOLUTIONS, _conv_module),
     ((nn.Linear,), _linear_module),
-    (BATCH_NORMS, batch_norm_rule),
-    (DROPOUTS, _dropout_module),
+    (OWN_NORMS, _norm_module),
+    (DROPOUTS + ALPHA_DROPOUTS, _dropout_module),
     ((nn.Identity,), lambda module, call: None),
     ((nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d), _constant_pad_module),
     ((nn.Upsample,), _upsample_module),

@@ -6,9 +6,12 @@ import math
 
 from rconv_fast.budget import Budget
 from rconv_fast.memory import available_bytes, require_memory
+from rconv_fast.solve.curved import CurvedSystem, place_by_zeros, solve_curved
 from rconv_fast.solve.hybrid import solve_hybrid
 from rconv_fast.solve.krylov import NO_LIMIT, Progress
 from rconv_fast.solve.nonnegative import solve_nonnegative
+from rconv_fast.solve.norm_conv import NormalisedConv
+from rconv_fast.solve.normalised import NormSets
 from rconv_fast.solve.phases.solve import count_phases, direct_bytes, solve_by_phases
 from rconv_fast.solve.precision import in_exact_products
 from rconv_fast.solve.prior import PRIORS, apply_prior
@@ -18,10 +21,13 @@ from rconv_fast.solve.solution import Evidence, HasEvidence, Solution
 __all__ = [
     "PRIORS",
     "SOLVERS",
+    "CurvedSystem",
     "Evidence",
     "GradientRows",
     "HasEvidence",
     "MapRows",
+    "NormSets",
+    "NormalisedConv",
     "PointRows",
     "Rows",
     "Solution",
@@ -29,7 +35,9 @@ __all__ = [
     "WeightRows",
     "apply_prior",
     "norm",
+    "place_by_zeros",
     "solve",
+    "solve_curved",
     "solve_nonnegative",
 ]
 

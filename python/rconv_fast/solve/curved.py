@@ -1,4 +1,4 @@
-"""One layer's system behind norms that take their statistics from the batch: Gauss-Newton rounds, then a proven solve.
+"""One layer's system behind norms that take their statistics from the batch: Gauss-Newton, then a proven solve.
 
 The equations of `rconv_fast.solve.norm_conv` are linear only around an estimate, and norms hide constants: those are
 pinned for the solve, called open, and placed by the exact zeros that a ReLU leaves.
@@ -13,19 +13,20 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.conjugate import Preconditioner
-from rconv_fast.solve.krylov import refine
+from rconv_fast.budget import Budget
+from rconv_fast.solve.krylov import NO_LIMIT, refine
 from rconv_fast.solve.norm_conv import NormalisedConv, hidden_classes
-from rconv_fast.solve.normalised import OffsetRows, TangentRows
-from rconv_fast.solve.plan import covered
-from rconv_fast.solve.preconditioners import jacobi, phase_cholesky
+from rconv_fast.solve.normalised import OffsetRows
+from rconv_fast.solve.plan import JACOBI, PHASE_CHOLESKY, Built, covered
 from rconv_fast.solve.rows import Rows, System, balance
 from rconv_fast.solve.solution import Solution
 
 # A round squares the error of the last, down to what its own solve leaves: below this residual one more is exact.
 SMALL = 1e-8
-MAX_ROUNDS = 15
-# A round is solved to the square of the residual it starts with, within these bounds.
+MAX_ROUNDS = 20
+# Rounds in a row that may fail to halve the residual: far from the answer they do.
+PATIENCE = 3
+# A round is solved to the residual it starts with, relative to it and within these bounds.
 LOOSEST, TIGHTEST, ROUND_ITERATIONS = 1e-2, 1e-5, 2000
 
 
@@ -78,7 +79,7 @@ class CurvedSystem:
         return all(conv.is_linear for conv in self.normalised)
 
 
-def solve_curved(system: CurvedSystem, solve: Callable[[System], Solution]) -> Solution:
+def solve_curved(system: CurvedSystem, solve: Callable[[System], Solution], budget: Budget = NO_LIMIT) -> Solution:
     """The x that satisfies the equations around itself; what norms hide of it is called open.
 
     Parameters
@@ -88,47 +89,57 @@ def solve_curved(system: CurvedSystem, solve: Callable[[System], Solution]) -> S
     solve : callable
         Solves one linear system and says what it determines.
     """
-    x = None if system.is_linear else _gauss_newton(system)
+    x = None if system.is_linear else _gauss_newton(system, budget)
     found = solve(system.around(x))
     if system.offsets is None:
         return found
     pins = system.offsets.count
-    evidence = replace(found.evidence, rank=max(found.rank - pins, 0), rows=found.rows - pins)
+    evidence = replace(found.evidence, rank=max(found.rank - pins, 0), rows=found.rows - pins, hidden=pins)
     return replace(found, determined=found.determined & ~system.offsets.members, evidence=evidence, inverse=None)
 
 
-def _gauss_newton(system: CurvedSystem) -> Tensor:
+def _gauss_newton(system: CurvedSystem, budget: Budget) -> Tensor:
     """Solve, put the equations around the answer, solve for what they miss; until they miss little."""
-    x = _correction(balance(system.around(None), 1.0), None, LOOSEST)
-    best = float("inf")
+    x = best = _solve_roughly(_prepared(system.around(None)), None, LOOSEST, budget)
+    least, slow = float("inf"), 0
     for _ in range(MAX_ROUNDS):
-        linear = balance(system.around(x), 1.0)
-        residual = linear.residual(x)
-        if residual <= SMALL or not residual < best / 2:
+        built = _prepared(system.around(x))
+        residual = built.system.residual(x)
+        slow = 0 if residual < least / 2 else slow + 1
+        if residual < least:
+            least, best = residual, x
+        if residual <= SMALL or slow > PATIENCE or budget.spent:
             break
-        best = residual
-        x = x + _correction(linear, x, min(LOOSEST, max(TIGHTEST, residual)))
-    return x
+        x = x + _solve_roughly(built, x, min(LOOSEST, max(TIGHTEST, residual)), budget)
+    return best
 
 
-def _correction(system: System, x: Tensor | None, rtol: float) -> Tensor:
-    """What solves the equations from x on."""
+def _prepared(system: System) -> Built:
+    """The system balanced, with a preconditioner that takes each g as it is at the point."""
+    dtype = system.rhs[0].dtype
+    way = PHASE_CHOLESKY if covered(system) else JACOBI
+    balanced = balance(system, way.gradient_weight(system))
+    built = way.build(balanced, dtype) or JACOBI.build(balanced, dtype)
+    assert built is not None
+    return built
+
+
+def _solve_roughly(built: Built, x: Tensor | None, rtol: float, budget: Budget) -> Tensor:
+    """What solves the equations from x (or 0) on."""
+    system = built.system
     rhs = system.rhs
     if x is not None:
         rhs = [b - q for b, q in zip(rhs, system.apply(x), strict=True)]
     found = refine(
-        system, _preconditioner(system), rhs=rhs, inner_rtol=1e-9, rtol=rtol, max_iterations=ROUND_ITERATIONS
+        system,
+        built.preconditioner,
+        rhs=rhs,
+        inner_rtol=1e-9,
+        rtol=rtol,
+        max_iterations=ROUND_ITERATIONS,
+        budget=budget,
     )
     return found.x
-
-
-def _preconditioner(system: System) -> Preconditioner:
-    """Of the system with each g taken as it is at the point."""
-    fixed = replace(system, blocks=tuple(b.main if isinstance(b, TangentRows) else b for b in system.blocks))
-    by_phase = None
-    if covered(fixed):
-        by_phase = phase_cholesky(fixed, system.rhs[0].dtype)
-    return jacobi(fixed, system.rhs[0].dtype) if by_phase is None else by_phase
 
 
 # Values this near to the lowest of their class, relative to the largest, are zeros like it; or this many residuals.
@@ -143,7 +154,7 @@ def place_by_zeros(system: CurvedSystem, found: Solution) -> Solution:
     """
     if system.offsets is None:
         return found
-    x, determined = found.x.clone(), found.determined.clone()
+    x, determined, hidden = found.x.clone(), found.determined.clone(), found.hidden
     tolerance = max(ZERO, ZERO_RESIDUALS * found.residual) * float(x.abs().max())
     dims = (0, 2) if system.offsets.shared else (2,)
     for mask in system.offsets.masks:
@@ -152,4 +163,6 @@ def place_by_zeros(system: CurvedSystem, found: Solution) -> Solution:
         count = zeros.sum(dims, keepdim=True)
         x[:, :, mask] = values - (values * zeros).sum(dims, keepdim=True) / count
         determined[:, :, mask] |= count >= 2
-    return replace(found, x=x, determined=determined)
+        hidden -= int((count >= 2).sum())
+    evidence = replace(found.evidence, rank=found.rank + found.hidden - hidden, hidden=hidden)
+    return replace(found, x=x, determined=determined, evidence=evidence)

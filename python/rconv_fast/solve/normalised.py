@@ -13,6 +13,7 @@ Where y is not known, behind the zeros of a ReLU, xhat follows from x: the last 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -39,10 +40,17 @@ class NormSets:
 
     def mean(self, o: Tensor) -> Tensor:
         r"""The mean over each set, in a shape that broadcasts to o (B, F, \*out)."""
+        return self._over_sets(torch.mean, o)
+
+    def lowest(self, o: Tensor) -> Tensor:
+        """The lowest value of each set, likewise."""
+        return self._over_sets(torch.amin, o)
+
+    def _over_sets(self, reduce: Callable[..., Tensor], o: Tensor) -> Tensor:
         if self.groups is None:
-            return o.mean(dim=(0, *range(2, o.ndim)), keepdim=True)
+            return reduce(o, dim=(0, *range(2, o.ndim)), keepdim=True)
         grouped = o.reshape(len(o), self.groups, -1)
-        return grouped.mean(dim=-1, keepdim=True).expand_as(grouped).reshape(o.shape)
+        return reduce(grouped, dim=-1, keepdim=True).expand_as(grouped).reshape(o.shape)
 
     def centre(self, o: Tensor) -> Tensor:
         """``o - mean(o)``."""

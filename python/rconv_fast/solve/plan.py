@@ -27,7 +27,7 @@ from rconv_fast.solve.dissection.sketch import are_few, sketch_size
 from rconv_fast.solve.phases.solve import count_phases
 from rconv_fast.solve.precision import float32_is_exact
 from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, normal_inverse, phase_cholesky
-from rconv_fast.solve.rows import GradientRows, MapRows, System, WeightRows
+from rconv_fast.solve.rows import MapRows, System, WeightRows, gradient_part
 
 # Share of a channel's unknowns that the gradient rows must cover for factoring them to pay.
 GRADIENT_COVERAGE = 0.6
@@ -159,7 +159,7 @@ def _equal_rows(system: System) -> float:
     A few gradient rows that weigh as much as all others together are as many large singular values, each of which
     costs the iteration a step.
     """
-    gradient = sum(block.count for block in system.blocks if isinstance(block, GradientRows))
+    gradient = sum(block.count for block in system.blocks if gradient_part(block) is not None)
     others = sum(block.count for block in system.blocks) - gradient
     return min(1.0, gradient / others) if others else 1.0
 

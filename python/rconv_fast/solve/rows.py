@@ -375,7 +375,7 @@ def balance(system: System, gradient_weight: float) -> System:
     blocks = []
     for block in system.blocks:
         mean = float(block.diagonal().mean())
-        weight = gradient_weight if isinstance(block, GradientRows) else 1.0
+        weight = 1.0 if gradient_part(block) is None else gradient_weight
         blocks.append(block.scaled(math.sqrt(weight / mean)) if mean > 0 else block)
     return System(system.shape, tuple(blocks), system.support)
 

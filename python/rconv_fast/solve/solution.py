@@ -32,6 +32,8 @@ class Evidence:
         Whether the method met its tolerance.
     iterations : int
         Iterations, refinements included.
+    hidden : int
+        Constants, each shared by a class of values, that norms behind the layer take off and nothing else shows.
     """
 
     rank: int
@@ -43,6 +45,7 @@ class Evidence:
     proof: str
     converged: bool = True
     iterations: int = 0
+    hidden: int = 0
 
 
 class HasEvidence:
@@ -94,6 +97,11 @@ class HasEvidence:
     def iterations(self) -> int:
         """Iterations, refinements included."""
         return self.evidence.iterations
+
+    @property
+    def hidden(self) -> int:
+        """Constants that norms behind the layer take off and nothing else shows."""
+        return self.evidence.hidden
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from torch import Tensor
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
+from rconv_fast.layers.dropout import DropoutRule
+from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.solve import WeightRows
 from rconv_fast.walk.graph import Graph
 
@@ -53,12 +55,23 @@ def _bounds(graph: Graph, values: Mapping[str, Tensor], name: str) -> list[tuple
     found = []
     for consumer, _ in graph.consumers[name]:
         rule = graph.steps[consumer].rule
-        if isinstance(rule, ActivationRule) and consumer in values:
+        if isinstance(rule, ActivationRule) and consumer in values and not _may_be_dropped(graph, consumer):
             found += _flat_bounds(rule, values[consumer])
         elif isinstance(rule, AffineRule):
             # sign (scale y + shift) <= bound
             found += [(s * rule.scale, b - s * rule.shift) for s, b in _bounds(graph, values, consumer)]
     return found
+
+
+def _may_be_dropped(graph: Graph, name: str) -> bool:
+    """Whether a dropout stands behind a step: a 0 may then be its doing."""
+    for consumer, _ in graph.consumers[name]:
+        rule = graph.steps[consumer].rule
+        if isinstance(rule, DropoutRule):
+            return True
+        if isinstance(rule, RearrangeRule) and _may_be_dropped(graph, consumer):
+            return True
+    return False
 
 
 def _flat_bounds(rule: ActivationRule, a: Tensor) -> list[tuple[Tensor, Tensor]]:

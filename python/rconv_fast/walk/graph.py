@@ -15,6 +15,8 @@ from rconv_fast.errors import ArgumentError, RconvError, UnsupportedModelError
 from rconv_fast.layers.activation import Activation, ActivationRule
 from rconv_fast.layers.base import Rule, UnsupportedRule
 from rconv_fast.layers.check import check_rule
+from rconv_fast.layers.dropout import DROPOUT_CALLS, DROPOUTS, DropoutRule, keep_all
+from rconv_fast.layers.norm import NormRule, Statistics, batch_statistics, has_own_statistics, norm_function
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.layers.registry import (
@@ -29,6 +31,7 @@ from rconv_fast.layers.registry import (
     unsupported,
 )
 from rconv_fast.losses import logits_in
+from rconv_fast.observation import SharedGradients
 from rconv_fast.walk.canonical import (
     OUTPUT_WRAPPERS,
     positions_back,
@@ -79,7 +82,7 @@ class Graph:
         rule, found = self.steps[name].rule, []
         if isinstance(rule, ActivationRule):
             return [rule.activation]
-        if not isinstance(rule, RearrangeRule | MaxPoolRule):
+        if not isinstance(rule, RearrangeRule | MaxPoolRule | DropoutRule):
             return None
         for operand in self.steps[name].inputs:
             behind = self.activations(operand)
@@ -88,6 +91,32 @@ class Graph:
             found += behind
         return found
 
+    def never_negative(self, name: str) -> bool:
+        """Whether a step's values are outputs of activations that have 0 as their low flat piece, moved about."""
+        activations = self.activations(name)
+        return activations is not None and all(a.low == 0 and 0.0 in a.flats for a in activations)
+
+    def masks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mask of each dropout in training mode, by step, from recovered values."""
+        dropouts = [step for step in self.steps.values() if isinstance(step.rule, DropoutRule) and step.name in values]
+        return {step.name: self._kept(step, values) for step in dropouts}
+
+    def _kept(self, dropout: Step, values: Mapping[str, Tensor]) -> Tensor:
+        """What is not 0: before the dropout, where an activation has been put on its side of the kink; else behind."""
+        source = dropout.inputs[0] if self.never_negative(dropout.inputs[0]) else dropout.name
+        return (self._settled(source, values) != 0).to(self.dtype)
+
+    def _settled(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        step = self.steps[name]
+        if not isinstance(step.rule, RearrangeRule):
+            return values[name]
+        return step.forward(*(self._settled(operand, values) for operand in step.inputs))
+
+    def with_masks(self, masks: Mapping[str, Tensor]) -> Graph:
+        """The same with these masks in its dropouts."""
+        steps = {name: _masked(step, masks[name]) if name in masks else step for name, step in self.steps.items()}
+        return replace(self, steps=steps)
+
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Every step's tensor when the model is run on `inputs`."""
         values = {self.input: inputs}
@@ -95,6 +124,10 @@ class Graph:
             for name, step in list(self.steps.items())[1:]:
                 values[name] = step.forward(*(values[o] for o in step.inputs))
         return values
+
+
+def _masked(dropout: Step, mask: Tensor) -> Step:
+    return replace(dropout, forward=lambda a: dropout.forward(a) * mask.to(a))
 
 
 @dataclass(frozen=True)
@@ -380,8 +413,19 @@ class _Reader:
         if rule is None:
             return _Live(inputs[0], result)
         check_rule(label, rule, call)
+        if isinstance(rule, NormRule) and module is not None:
+            rule = replace(rule, statistics=self._statistics(label, module, call.operands[0]))
+        if isinstance(rule, NormRule | DropoutRule):
+            rule = replace(rule, dead_is_zero=self.graph.never_negative(inputs[0]))
         self.graph.add(Step(node.name, label, tuple(inputs), rule, forward, result.shape))
         return _Live(node.name, result)
+
+    def _statistics(self, label: str, module: nn.Module, x: Tensor) -> Statistics | None:
+        """Those of the batch in a norm, where the client sent its buffers back after one step."""
+        if not isinstance(self.gradients, SharedGradients) or self.gradients.steps > 1:
+            return None
+        mean, var = (self.gradients.statistics.get(f"{label}.{name}") for name in ("running_mean", "running_var"))
+        return batch_statistics(module, mean, var, x)
 
     def _add_rearranged(self, name: str, label: str, source: str, example: Tensor, forward: Forward) -> Tensor:
         """A step that moves values about, and an example of it in the working precision."""
@@ -464,11 +508,15 @@ def _function_of(node: fx.Node, module: nn.Module | None) -> Callable[..., Any]:
         name = str(node.target)
         return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
     assert callable(node.target)
-    return node.target
+    return keep_all if _call_name(node) in DROPOUT_CALLS else node.target
 
 
 def _call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a module in the dtype of what it is given; its own parameters and buffers stay as they are."""
+    if has_own_statistics(module):
+        return norm_function(module, *args, **kwargs)
+    if isinstance(module, DROPOUTS):
+        return keep_all(args[0], module.p, module.training)
     dtype = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
     own = [*module.named_parameters(), *module.named_buffers()]
     if dtype is None or (not module.training and all(not t.is_floating_point() or t.dtype == dtype for _, t in own)):

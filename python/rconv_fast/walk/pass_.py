@@ -14,16 +14,29 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
-from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.layers.activation import ActivationRule, relu
 from rconv_fast.layers.affine import AffineRule
-from rconv_fast.layers.base import Rule, UnsupportedRule
+from rconv_fast.layers.base import Equations, Rule, UnsupportedRule
 from rconv_fast.layers.conv import ConvRule
+from rconv_fast.layers.dropout import DropoutRule, with_exact_zeros
 from rconv_fast.layers.knowledge import Knowledge
+from rconv_fast.layers.norm import NormRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.patterns.pattern import Pattern
 from rconv_fast.patterns.threshold import THRESHOLD_FACTOR, snap
 from rconv_fast.progress import Event
-from rconv_fast.solve import PointRows, Rows, Solution, System, apply_prior, solve, solve_nonnegative
+from rconv_fast.solve import (
+    CurvedSystem,
+    NormalisedConv,
+    PointRows,
+    Solution,
+    System,
+    apply_prior,
+    place_by_zeros,
+    solve,
+    solve_curved,
+    solve_nonnegative,
+)
 from rconv_fast.solve.krylov import InterruptedSolve
 from rconv_fast.walk.bounds import flat_rows
 from rconv_fast.walk.graph import Graph, Step
@@ -202,6 +215,7 @@ class _Recursion:
         self.reports = dict(known.reports)
         self.open = set(known.open)
         self.contradiction: Contradiction | None = None
+        self.late: set[str] = set()
 
     def run(self, until: str | None) -> Pass:
         stop = None
@@ -223,7 +237,9 @@ class _Recursion:
             return
         if self.options.budget.spent:
             raise _Halt(Stop(step.name, self._layer_of(step)[0], "the time limit"))
-        self.grads[step.name] = self._gradient(step)
+        gradient = self._gradient(step)
+        if gradient is not None:
+            self.grads[step.name] = gradient
         known = self._given_or_known(step.name)
         if step.name in self.given.values:
             self.values[step.name] = self.given.values[step.name]
@@ -234,15 +250,47 @@ class _Recursion:
             self.determined[step.name] = known.weight > 0
         elif self._must_solve(step):
             self._solve(step, known)
-        if step.name in self.values:
-            self._snap(step)
+        if step.name not in self.values:
+            if gradient is None:
+                self.late.add(step.name)
+            return
+        if gradient is None:
+            self._catch_up(step)
+        self._snap(step)
+
+    def _catch_up(self, step: Step) -> None:
+        """Gradients that wait for a step's values: those in front of norms with statistics of their own."""
+        for name, _ in self.graph.consumers[step.name]:
+            if name in self.late:
+                value = self._evaluate(name)
+                if value is None:
+                    continue
+                self.values[name] = value
+                self.late.discard(name)
+                self._catch_up(self.graph.steps[name])
+        gradient = self._gradient(step)
+        if gradient is None:
+            raise self._unpassed_norm(step)
+        self.grads[step.name] = gradient
+
+    def _unpassed_norm(self, step: Step) -> _Halt:
+        """A norm whose input no equations of a convolution in front of it give."""
+        names = [step.name]
+        while names:
+            for name, _ in self.graph.consumers[names.pop(0)]:
+                consumer = self.graph.steps[name]
+                if consumer.rule.own_statistics and name not in self.values:
+                    reason = f"{consumer.rule.kind}, whose statistics are private, not right behind a convolution"
+                    return _Halt(Stop(name, consumer.label, reason))
+                names.append(name)
+        raise AssertionError(f"no norm behind {step.name}")
 
     def _given_or_known(self, name: str) -> Knowledge | None:
         return None if name in self.given.values else self._knowledge(name)
 
     def _gradient_covered(self, step: Step, known: Knowledge) -> bool:
         """Whether only values that pass no gradient are open: no layer before an activation needs them."""
-        if not isinstance(step.rule, ActivationRule):
+        if not isinstance(step.rule, ActivationRule | DropoutRule) or step.name not in self.grads:
             return False
         return not bool(self.grads[step.name][known.weight == 0].any())
 
@@ -257,8 +305,8 @@ class _Recursion:
             return step.rule
         return step.rule.at(self.pattern.pieces[step.name])
 
-    def _gradient(self, step: Step) -> Tensor:
-        """``dL/d(step)``: the sum over its consumers."""
+    def _gradient(self, step: Step) -> Tensor | None:
+        """``dL/d(step)``: the sum over its consumers; None where it waits for values (see `_catch_up`)."""
         logits = self.grads[self.graph.output]
         total = torch.zeros(step.shape, dtype=logits.dtype, device=logits.device)
         for name, operand in self.graph.consumers[step.name]:
@@ -266,9 +314,16 @@ class _Recursion:
             rule = self._rule(consumer)
             if isinstance(rule, UnsupportedRule):
                 raise _Halt(Stop(name, consumer.label, rule.reason))
+            if name in self.late:
+                return None
             if name not in self.grads:
                 continue
             y = self.values.get(name)
+            if rule.own_statistics and y is None:
+                if step.name not in self.values:
+                    return None
+                total = total + _backward(consumer, self.values[step.name], self.grads[name])
+                continue
             if rule.hidden or (rule.needs_output and y is None):
                 reason = f"{rule.kind}, whose output the layers behind it do not determine"
                 if y is not None:
@@ -309,24 +364,29 @@ class _Recursion:
         with torch.no_grad():
             return step.forward(*operands)
 
-    def _rows(self, step: Step) -> list[Rows]:
+    def _rows(self, step: Step) -> list[Equations]:
         """The equations that a step's consumers have for it."""
-        rows: list[Rows] = []
+        rows: list[Equations] = []
         shape = _with_positions(step.shape)
         for name, _ in self.graph.consumers[step.name]:
-            consumer = self.graph.steps[name]
-            if name not in self.grads:
-                continue
-            rows += self._rule(consumer).rows(self.grads[name], self._knowledge(name), shape)
-            for behind_name, _ in self.graph.consumers[name]:
-                behind = self.graph.steps[behind_name]
-                if behind_name in self.grads:
-                    forward = _composed(consumer, behind, step.shape)
-                    known = self._knowledge(behind_name)
-                    through = self._rule(behind).rows_through(
-                        consumer.rule, forward, self.grads[behind_name], known, shape
-                    )
-                    rows += through
+            through = self._rows_through(step, name, shape)
+            rows += through
+            whole = any(isinstance(equations, NormalisedConv) for equations in through)
+            if name in self.grads and not whole:
+                rows += self._rule(self.graph.steps[name]).rows(self.grads[name], self._knowledge(name), shape)
+        return rows
+
+    def _rows_through(self, step: Step, name: str, shape: torch.Size) -> list[Equations]:
+        """What the layers behind a step's consumer say of the step."""
+        rows: list[Equations] = []
+        consumer, behind_all = self.graph.steps[name], self.graph.consumers[name]
+        for behind_name, _ in behind_all:
+            behind = self.graph.steps[behind_name]
+            alone = not behind.rule.own_statistics or len(behind_all) == 1
+            if behind_name in self.grads and alone:
+                forward = _composed(consumer, behind, step.shape)
+                grad, known = self.grads[behind_name], self._knowledge(behind_name)
+                rows += self._rule(behind).rows_through(consumer.rule, forward, grad, known, shape)
         return rows
 
     def _solve(self, step: Step, known: Knowledge | None) -> None:
@@ -335,13 +395,18 @@ class _Recursion:
         label, kind = self._layer_of(step)
         self.options.progress(Event(label, "solve"))
         chosen = self._threshold_step(step) if self._all_determined() else None
-        system = self._system(step, self._rows(step), known)
+        rows = self._rows(step)
+        if not rows and self._waits(step):
+            raise self._unpassed_norm(step)
+        system = self._system(step, rows, known)
         best = self._solve_once(system, step, label)
         contradicts = best.residual > self.options.bar and best.converged and best.rows > best.unknowns
         if contradicts and chosen is not None:
             self.contradiction = Contradiction(step.name, chosen.name)
         if self.options.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
             self.options.progress(Event(label, f"prior {self.options.prior}"))
+            if isinstance(system, CurvedSystem):
+                system = system.around(best.x)
             inequalities = flat_rows(self.graph, self.values, step.name)
             best = apply_prior(system, best, self.options.prior, inequalities, budget=self.options.budget)
         self.values[step.name] = best.x.reshape(step.shape)
@@ -357,25 +422,27 @@ class _Recursion:
             self.determined[step.name] = torch.zeros(step.shape, dtype=torch.bool, device=interrupt.x.device)
         return Stop(step.name, self._layer_of(step)[0], INTERRUPTED)
 
-    def _system(self, step: Step, rows: list[Rows], known: Knowledge | None) -> System:
+    def _waits(self, step: Step) -> bool:
+        return any(name in self.late for name, _ in self.graph.consumers[step.name])
+
+    def _system(self, step: Step, equations: list[Equations], known: Knowledge | None) -> System | CurvedSystem:
         """All equations of a step's values."""
         shape = _with_positions(step.shape)
+        rows = [rows for rows in equations if not isinstance(rows, NormalisedConv)]
+        norms = tuple(rows for rows in equations if isinstance(rows, NormalisedConv))
         if known is not None and bool((known.weight > 0).any()):
             rows = [*rows, PointRows.create(known.value.reshape(shape), known.weight.reshape(shape))]
         support = step.rule.support if isinstance(step.rule, RearrangeRule) else None
         support = None if support is None or bool(support.all()) else support.reshape(shape)
-        return System(shape, tuple(rows), support)
+        return CurvedSystem(shape, tuple(rows), norms, support) if norms else System(shape, tuple(rows), support)
 
-    def _solve_once(self, system: System, step: Step, label: str) -> Solution:
-        options, bounded = self.options, never_negative(self.graph, step)
+    def _solve_once(self, system: System | CurvedSystem, step: Step, label: str) -> Solution:
+        if isinstance(system, CurvedSystem):
+            found = solve_curved(system, lambda linear: self._solve_linear(linear, label), self.options.budget)
+            return place_by_zeros(system, found) if self.graph.never_negative(step.name) else found
+        options, bounded = self.options, self.graph.never_negative(step.name)
         scarce = system.count < SCARCE * system.unknowns and bounded
-        found = solve(
-            system,
-            rtol=max(1e-15, 1e-3 * options.precision),
-            max_iterations=SCARCE_ITERATIONS if scarce else None,
-            budget=options.budget,
-            progress=lambda i, r: options.progress(Event(label, "solve", i, None, r)),
-        )
+        found = self._solve_linear(system, label, SCARCE_ITERATIONS if scarce else None)
         settled = found.converged and (_is_fixed(step, found) or found.residual > options.bar)
         if settled or not bounded or found.unknowns > 2 * found.rank:
             return found  # the last: zeros cannot fix more directions than half of the values (Wendel)
@@ -385,6 +452,16 @@ class _Recursion:
             tolerance=options.bar,
             budget=options.budget,
             progress=lambda i, r: options.progress(Event(label, "nonnegative", i, None, r)),
+        )
+
+    def _solve_linear(self, system: System, label: str, max_iterations: int | None = None) -> Solution:
+        options = self.options
+        return solve(
+            system,
+            rtol=max(1e-15, 1e-3 * options.precision),
+            max_iterations=max_iterations,
+            budget=options.budget,
+            progress=lambda i, r: options.progress(Event(label, "solve", i, None, r)),
         )
 
     def _all_determined(self) -> bool:
@@ -411,6 +488,8 @@ class _Recursion:
     def _snap(self, step: Step) -> None:
         """Put recovered activations on their side of the kinks."""
         rule = step.rule
+        if isinstance(rule, DropoutRule):
+            self.values[step.name] = self._with_zeros(step)
         if not isinstance(rule, ActivationRule) or not (rule.activation.kinks or _bounded(rule)):
             return
         raw = self.raw[step.name] = self.values[step.name]
@@ -427,12 +506,19 @@ class _Recursion:
             factor=self.pattern.thresholds.get(step.name, THRESHOLD_FACTOR),
         ).value
 
+    def _with_zeros(self, step: Step) -> Tensor:
+        """A dropout's output, its zeros exact."""
+        z = self.values[step.name]
+        if self.graph.never_negative(step.name):
+            return snap(relu(), z, self.grads[step.name], None, precision=self.options.precision).value
+        return with_exact_zeros(z, self.options.precision)
+
     def _grad_bias(self, step: Step) -> Tensor | None:
         """The known sum over ``dL/do`` of an activation's input o, if o is made by a layer with a bias."""
         before = self.graph.steps[step.inputs[0]]
         if len(self.graph.consumers[before.name]) > 1:
             return None
-        if isinstance(before.rule, ConvRule | AffineRule):
+        if isinstance(before.rule, ConvRule | AffineRule | NormRule):
             return before.rule.grad_bias
         return None
 
@@ -451,12 +537,6 @@ def features_of(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]
     }
 
 
-def never_negative(graph: Graph, step: Step) -> bool:
-    """Whether a step's values are outputs of activations that have 0 as their low flat piece, moved about."""
-    activations = graph.activations(step.name)
-    return activations is not None and all(a.low == 0 and 0.0 in a.flats for a in activations)
-
-
 def _is_fixed(step: Step, found: Solution) -> bool:
     """Whether the equations determine all values; of copies that a rearrangement made, one is enough."""
     fixed = found.determined.reshape(step.shape)
@@ -473,6 +553,14 @@ def _with_positions(shape: torch.Size) -> torch.Size:
 
 def _composed(first: Step, second: Step, shape: torch.Size) -> Callable[[Tensor], Tensor]:
     return lambda x: second.forward(first.forward(x.reshape(shape)))
+
+
+def _backward(step: Step, x: Tensor, grad: Tensor) -> Tensor:
+    """``dL/dx`` of a layer from its input and ``dL/dy``."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(step.forward(leaf), leaf, grad)
+    return gradient
 
 
 def _bounded(rule: ActivationRule) -> bool:

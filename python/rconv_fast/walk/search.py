@@ -86,7 +86,7 @@ def recover(
     grad_logits: Tensor,
     known: Known,
     options: Options,
-    mismatch: Callable[[Tensor], float],
+    mismatch: Callable[[Pass], float],
     bar: float,
 ) -> Found:
     """The recursion from one reading of the head; further passes where the forward run corrects the last.
@@ -94,7 +94,7 @@ def recover(
     Parameters
     ----------
     mismatch : callable
-        How far a candidate input is from what was seen.
+        How far the input that a pass recovered is from what was seen.
     bar : float
         The mismatch at which an answer is good.
     """
@@ -104,7 +104,8 @@ def recover(
         if best.mismatch <= bar or best.mismatch > HOPELESS or options.budget.spent or only_input_open(graph, passed):
             break
         options.progress(Event("input", "pass with the activations of the forward run", residual=best.mismatch))
-        pieces = forward_pieces(graph, best.passed.values[graph.input])
+        masked = graph.with_masks(graph.masks(best.passed.values))
+        pieces = forward_pieces(masked, best.passed.values[graph.input])
         trial = Pattern(origin="forward run").with_pieces(pieces)
         passed, trial = passes(graph, grad_logits, known, trial, options)
         other = Found(passed, trial, _mismatch_of(graph, passed, mismatch))
@@ -117,8 +118,8 @@ def recover(
     return best
 
 
-def _mismatch_of(graph: Graph, passed: Pass, mismatch: Callable[[Tensor], float]) -> float:
-    return mismatch(passed.values[graph.input]) if graph.input in passed.values else float("inf")
+def _mismatch_of(graph: Graph, passed: Pass, mismatch: Callable[[Pass], float]) -> float:
+    return mismatch(passed) if graph.input in passed.values else float("inf")
 
 
 # Equations that fit worse than this were built from a wrong gradient or activation.

@@ -1,0 +1,206 @@
+"""Clients as they train: batch norm and dropout in training mode, norms of each sample: verified, or what is open."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attacks import Attack, assert_recovered, photo, some_labels
+from rconv_fast import gradients_from_update, invert
+from rconv_fast.observation import SharedGradients
+
+Build = Callable[[], nn.Sequential]
+
+
+def cnn(*middle: nn.Module, size: int = 8, filters: tuple[int, ...] = (24, 48), bias: bool = True) -> nn.Sequential:
+    """Two strided convolutions with `middle` (copies of it, for the right channels) behind each."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for f in filters:
+        layers += [nn.Conv2d(channels, f, 3, 2, 1, bias=bias), *(made(layer, f) for layer in middle)]
+        channels, size = f, size // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, 10)).double().train()
+
+
+def made(layer: nn.Module, channels: int) -> nn.Module:
+    if not isinstance(layer, nn.BatchNorm2d):
+        return copy.deepcopy(layer)
+    norm = nn.BatchNorm2d(channels, momentum=layer.momentum, affine=layer.affine)
+    norm.track_running_stats = layer.track_running_stats
+    if norm.affine:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, 0, 0.2)
+    return norm
+
+
+def trained_on(model: nn.Module, x: Tensor, lr: float = 0.1) -> SharedGradients:
+    """The update of one honest step in training mode, as a server gets it; `model` is as before the step."""
+    before = copy.deepcopy(model.state_dict())
+    optimiser = torch.optim.SGD(model.parameters(), lr)
+    F.cross_entropy(model(x), some_labels(len(x))).backward()
+    optimiser.step()
+    after = copy.deepcopy(model.state_dict())
+    model.load_state_dict(before)
+    model.zero_grad()
+    return gradients_from_update(before, after, lr)
+
+
+def recovered(model: nn.Module, x: Tensor, shared: SharedGradients) -> Attack:
+    done = Attack(invert(model, shared, x.shape[1:]), x)
+    assert done.result.verified, done.result.summary()
+    assert done.result.determined.all()
+    assert torch.equal(done.result.labels, some_labels(len(x))[done.match])
+    return done
+
+
+BATCH_NORMS = {
+    "in front of ReLU": lambda: cnn(nn.BatchNorm2d(1), nn.ReLU()),
+    "without affine": lambda: cnn(nn.BatchNorm2d(1, affine=False), nn.ReLU(), bias=False, filters=(32,)),
+    "in front of LeakyReLU": lambda: cnn(nn.BatchNorm2d(1), nn.LeakyReLU(0.2), filters=(32,)),
+    "behind ReLU": lambda: cnn(nn.ReLU(), nn.BatchNorm2d(1), filters=(32,)),
+    "average over all steps": lambda: cnn(nn.BatchNorm2d(1, momentum=None), nn.ReLU(), filters=(32,)),
+}
+
+
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", BATCH_NORMS.values(), ids=BATCH_NORMS.keys())
+def test_batch_norm_with_the_statistics_that_the_update_holds(build: Build, batch: int) -> None:
+    model, x = build(), photo(8, batch)
+    buffers = {name: value.clone() for name, value in model.state_dict().items()}
+    done = recovered(model, x, trained_on(model, x))
+    assert done.psnr > 200
+    assert all(torch.equal(value, buffers[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_batch_norm_from_gradients_alone_up_to_the_offsets_that_it_hides() -> None:
+    """A 3x3 kernel of stride 2 and padding 1 hides one constant a channel, on the even pixels."""
+    model, x = cnn(nn.BatchNorm2d(1), nn.ReLU()), photo(8)
+    result = invert(model, SharedGradients(dict(trained_on(model, x))), x.shape[1:])
+    even = torch.zeros(8, 8, dtype=torch.bool)
+    even[::2, ::2] = True
+    assert result.verdict == "partial"
+    assert torch.equal(result.determined, (~even).expand_as(result.determined))
+    assert float((result.inputs - x)[..., ~even].abs().max()) < 1e-8
+    offsets = (result.inputs - x)[..., even]
+    assert float((offsets - offsets.mean(dim=2, keepdim=True)).abs().max()) < 1e-8
+    assert any("exact up to 3 constants" in note for note in result.notes), result.notes
+
+
+def test_batch_norm_from_gradients_alone_where_padding_shows_everything() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 5, 2, 2), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 64, 5, 2, 2), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Flatten(), nn.Linear(64 * 4, 10),
+    ).double().train()  # fmt: skip
+    x = photo(8)
+    done = recovered(model, x, SharedGradients(dict(trained_on(model, x))))
+    assert done.psnr > 150
+
+
+def test_one_and_three_axes() -> None:
+    line = nn.Sequential(nn.Conv1d(2, 24, 5, 2, 2), nn.BatchNorm1d(24), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 16, 10))
+    cube = nn.Sequential(nn.Conv3d(1, 40, 3, 2, 1), nn.BatchNorm3d(40), nn.ReLU(), nn.Flatten(), nn.Linear(40 * 27, 10))
+    for model, shape in ((line, (2, 32)), (cube, (1, 6, 6, 6))):
+        x = torch.rand(2, *shape, dtype=torch.float64)
+        model.double().train()
+        assert recovered(model, x, trained_on(model, x)).psnr > 200
+
+
+class Residual(nn.Module):
+    """A stem and two residual blocks, the second strided, as torchvision builds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 5, 2, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.first = self.branch(32, 32, 1)
+        self.second = self.branch(32, 64, 2)
+        self.short = nn.Sequential(nn.Conv2d(32, 64, 1, 2, bias=False), nn.BatchNorm2d(64))
+        self.head = nn.Linear(64 * 4, 10)
+
+    def branch(self, channels: int, filters: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(channels, filters, 3, stride, 1, bias=False), nn.BatchNorm2d(filters), nn.ReLU(),
+            nn.Conv2d(filters, filters, 3, 1, 1, bias=False), nn.BatchNorm2d(filters),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.relu(self.first(x) + x)
+        x = F.relu(self.second(x) + self.short(x))
+        return self.head(x.flatten(1))
+
+
+@pytest.mark.slow
+def test_a_small_resnet() -> None:
+    model, x = Residual().double().train(), photo(8)
+    assert recovered(model, x, trained_on(model, x)).psnr > 200
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(4, 24), nn.LayerNorm([24, 8, 8]), nn.InstanceNorm2d(24, affine=True)], ids=str
+)
+def test_norms_of_each_sample(norm: nn.Module) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 5, 2, 2), norm, nn.ReLU(), nn.Conv2d(24, 48, 3, 2, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(48 * 16, 10),
+    ).double().eval()  # fmt: skip
+    assert_recovered(model, photo(16))
+
+
+def test_a_norm_of_each_sample_in_a_batch_is_named() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 5, 2, 2), nn.GroupNorm(4, 24), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 64, 10)
+    ).double()  # fmt: skip
+    x = photo(16, 2)
+    result = Attack(invert(model, trained_on(model, x), x.shape[1:]), x).result
+    assert (result.verdict, result.stops_at) == ("features", "1")
+    assert "GroupNorm" in result.reason
+
+
+DROPOUTS = {
+    "ReLU": lambda: cnn(nn.ReLU(), nn.Dropout(0.25), filters=(40, 60)),
+    "Tanh": lambda: cnn(nn.Tanh(), nn.Dropout(0.25)),
+    "whole channels": lambda: cnn(nn.LeakyReLU(0.2), nn.Dropout2d(0.25)),
+    "before the activation": lambda: cnn(nn.Dropout(0.25), nn.ReLU(), filters=(40, 60)),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("build", DROPOUTS.values(), ids=DROPOUTS.keys())
+def test_dropout_in_training_mode(build: Build, batch: int) -> None:
+    model = build()
+    head = nn.Sequential(*model[:-1], nn.Dropout(0.5), model[-1]).train()
+    state = torch.get_rng_state()
+    x = photo(8, batch)
+    shared = trained_on(head, x)
+    after = torch.get_rng_state()
+    assert recovered(head, x, shared).psnr > 200
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not torch.equal(state, after), "the client's own step drew its masks"
+
+
+def test_dropout_by_function_and_between_fully_connected_layers() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 24, 5, 2, 2)
+            self.hidden, self.head = nn.Linear(24 * 64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.dropout(F.relu(self.conv(x)), 0.25, self.training).flatten(1)
+            return self.head(F.dropout(F.relu(self.hidden(x)), 0.5, self.training))
+
+    assert_recovered(Model().double().train(), photo(16))
+
+
+def test_float32() -> None:
+    model = cnn(nn.ReLU(), nn.Dropout(0.25)).float()
+    x = photo(8).float()
+    result = invert(model, trained_on(model, x), x.shape[1:])
+    assert result.verified, result.summary()
