@@ -59,7 +59,7 @@ def recovered(model: nn.Module, x: Tensor, shared: SharedGradients) -> Attack:
 
 
 BATCH_NORMS = {
-    "in front of ReLU": lambda: cnn(nn.BatchNorm2d(1), nn.ReLU()),
+    "in front of ReLU": lambda: cnn(nn.BatchNorm2d(1), nn.ReLU(), filters=(32,)),
     "without affine": lambda: cnn(nn.BatchNorm2d(1, affine=False), nn.ReLU(), bias=False, filters=(32,)),
     "in front of LeakyReLU": lambda: cnn(nn.BatchNorm2d(1), nn.LeakyReLU(0.2), filters=(32,)),
     "behind ReLU": lambda: cnn(nn.ReLU(), nn.BatchNorm2d(1), filters=(32,)),

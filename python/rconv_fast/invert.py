@@ -256,7 +256,7 @@ def _estimated(request: _Request, answer: Answer, observation: Observation, repo
     graph, head = answer.graph, answer.head
     rounded = request.noise is None and request.gradients.noise is None
     repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
-    if graph.unread or repeated or request.budget.spent or (answer.good and rounded):
+    if graph.unread or graph.in_training or repeated or request.budget.spent or (answer.good and rounded):
         return answer
     report(Event("input", "joint estimate"))
     found = joint_answer(

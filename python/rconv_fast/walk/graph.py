@@ -91,6 +91,12 @@ class Graph:
             found += behind
         return found
 
+    @property
+    def in_training(self) -> bool:
+        """Whether layers in training mode make a sample's gradient depend on its batch or on a private mask."""
+        rules = [step.rule for step in self.steps.values()]
+        return any(isinstance(r, DropoutRule) or (isinstance(r, NormRule) and r.sets.groups is None) for r in rules)
+
     def never_negative(self, name: str) -> bool:
         """Whether a step's values are outputs of activations that have 0 as their low flat piece, moved about."""
         activations = self.activations(name)
