@@ -116,3 +116,14 @@ def test_the_module_links_no_torch_and_no_cuda_library() -> None:
     assert "gomp" in output or not backends._core.has_openmp
     for library in ("torch", "cudart", "cublas", "cusparse", "cusolver"):
         assert library not in output
+
+
+def test_rooms_are_attributes_and_loaded_when_asked_for() -> None:
+    output = run(
+        """
+        import rconv_fast
+        before = [name for name in ("baselines", "sweep", "defenses") if f"rconv_fast.{name}" in sys.modules]
+        print(before, callable(rconv_fast.baselines.dlg), callable(rconv_fast.defenses.gaussian))
+        """
+    )
+    assert output == "[] True True\n"

@@ -10,7 +10,7 @@ import torch
 from skimage import data, metrics
 
 from rconv_fast.errors import ArgumentError
-from rconv_fast.metrics import match_samples, mse, psnr, ssim
+from rconv_fast.metrics import exact_match, match_samples, mse, psnr, ssim
 
 
 def photos(n: int = 2, noise: float = 0.05) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,6 +92,19 @@ def test_shapes_must_agree(function) -> None:  # type: ignore[no-untyped-def]
         ArgumentError, match=rf"^{function.__name__}: recovered must have shape \(2, 3\), got \(2, 4\)$"
     ):
         function(torch.zeros(2, 4), torch.zeros(2, 3))
+
+
+def test_an_exact_match_is_the_same_picture_of_8_bits() -> None:
+    photos = torch.randint(256, (4, 3, 5, 5)) / 255
+    off = torch.zeros(4, 1, 1, 1)
+    off[1], off[2] = 0.49 / 255, 0.51 / 255
+    found = photos + off
+    found[3, 0, 0, 0] = float("nan")
+    assert exact_match(found, photos) == 0.5
+    assert [round(float(255 * p)) for p in found[1].flatten()] == (255 * photos[1]).round().int().flatten().tolist()
+    assert exact_match(photos + 0.2, photos, quantum=0.5) == 1
+    with pytest.raises(ArgumentError, match=r"^exact_match: quantum must be positive and finite, got 0$"):
+        exact_match(photos, photos, quantum=0)
 
 
 def test_other_bad_arguments_are_named() -> None:

@@ -11,12 +11,16 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from rconv_fast.audit import AuditReport, LayerRank, audit, rank_analysis
 from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
 from rconv_fast.errors import RconvError, UnsupportedModelError
 from rconv_fast.heads import HeadSeparation, peel_relu_batch, recover_linear_input, separate_softmax_batch
 from rconv_fast.invert import invert
 from rconv_fast.metrics import match_samples, mse, psnr, ssim
+from rconv_fast.observation import SharedGradients
 from rconv_fast.recover import ConvRecovery, constraint_operator, recover_conv_input
 from rconv_fast.updates import gradients_from_update
 from rconv_fast.verdict import Inversion, Sample
@@ -33,6 +37,7 @@ __all__ = [
     "LayerReport",
     "RconvError",
     "Sample",
+    "SharedGradients",
     "UnsupportedModelError",
     "audit",
     "constraint_operator",
@@ -50,3 +55,12 @@ __all__ = [
     "ssim",
     "weight_constraints",
 ]
+
+_ROOMS = ("baselines", "data", "defenses", "models", "sweep")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Rooms that few need, as attributes without an import of their own."""
+    if name in _ROOMS:
+        return importlib.import_module(f"rconv_fast.{name}")
+    raise AttributeError(f"module 'rconv_fast' has no attribute {name!r}")

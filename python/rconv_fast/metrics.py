@@ -99,6 +99,29 @@ def ssim(recovered: Tensor, original: Tensor, *, peak: float = 1.0) -> float:
     return float((luminance * structure).mean())
 
 
+def exact_match(recovered: Tensor, original: Tensor, *, quantum: float = 1 / 255) -> float:
+    """Share of the samples that are the original to the last grey level: every value within half a quantum of it.
+
+    Parameters
+    ----------
+    recovered, original : Tensor, shape (B, ...)
+        Of one shape, in the same order (see `match_samples`).
+    quantum : float
+        Step of the originals' grid: 1/255 for pictures of 8 bits with values in [0, 1].
+
+    Examples
+    --------
+    >>> photos = torch.tensor([[0.0, 1.0], [0.2, 0.4]])
+    >>> exact_match(photos + torch.tensor([[0.001], [0.003]]), photos)
+    0.5
+    """
+    _check_pair("exact_match", recovered, original)
+    require(recovered.ndim >= 2, "exact_match", "recovered", "have a batch and one more axis", tuple(recovered.shape))
+    require(0 < quantum < math.inf, "exact_match", "quantum", "be positive and finite", quantum)
+    difference = recovered.detach().double() - original.detach().to(recovered.device).double()
+    return float((difference.abs().flatten(1) < quantum / 2).all(dim=1).double().mean())
+
+
 def match_samples(recovered: Tensor, originals: Tensor) -> Tensor:
     """Find which original each recovered sample is: the assignment with the least total squared error.
 
