@@ -256,6 +256,8 @@ class _Gram:
             tangent = torch.eye(len(self._total), dtype=blocks.dtype, device=blocks.device)
         a = tangent.reshape(batch, channels, -1)
         live = a.any(dim=2).any(dim=0) & (blocks.diagonal(dim1=1, dim2=2).sum(1) > 0)
+        if not bool(live.any()):
+            return
         roots = torch.stack([_root(block) for block in blocks[live]])
         self._rows.append(torch.einsum("bcn,cbe->cen", a[:, live], roots).flatten(0, 1))
         self._flush()
