@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.narrow, self.wide, self.fc = nn.Conv2d(4, 1, 1), nn.Conv2d(1, 4, 1), nn.Linear(4 * 36, 12)
+        self.narrow, self.wide, self.fc = nn.Conv2d(4, 1, 1), nn.Conv2d(1, 4, 3, 1, 1), nn.Linear(100, 12)
         self.act = nn.LeakyReLU(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ def test_wide_enough_for_every_phase_is_recovered() -> None:
 
 def test_paper_says_safe_and_it_is_not() -> None:
     torch.manual_seed(0)
-    model, x = Bottleneck().double(), torch.rand(1, 4, 6, 6, dtype=torch.float64)
-    layer = by_name(rank_analysis(model, (4, 6, 6)))["narrow"]
+    model, x = Bottleneck().double(), torch.rand(1, 4, 5, 5, dtype=torch.float64)
+    layer = by_name(rank_analysis(model, (4, 5, 5)))["narrow"]
     assert not layer.paper_says
     assert layer.determined
     assert verified(model, x)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from rconv_fast.audit.hidden import HOPELESS, hidden_pattern, is_pool, is_searched
 from rconv_fast.audit.structure import checked_shape, read_structure
 from rconv_fast.audit.tally import PhaseRank, Places, Tally, head_capacity, tally, union
 from rconv_fast.errors import require, require_type
@@ -32,8 +33,6 @@ from rconv_fast.walk.graph import Graph, Step
 
 # Of the outputs of an activation with flat pieces (ReLU) this share is expected to be invertible, unless measured.
 EXPECTED_ALIVE = 0.5
-# With fewer gradient rows per unknown of a channel the positions of a max pooling were not found in any trial.
-HOPELESS = 2.0
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ class _Count:
             counted = self._count(step, consumers, share)
             self.known[step.name] = 1 - counted.unreached / counted.unknowns
             return
-        elif share < 1 and step.rule.needs_output and not all(map(_is_pool, consumers)):
+        elif share < 1 and step.rule.needs_output and not is_searched(self.graph, step, self.batch):
             reason = f"{step.rule.kind}, whose output the layers behind it do not determine"
             self.found[step.name] = LayerRank(step.label, step.rule.kind, reason=reason)
         elif share < 1:
@@ -253,7 +252,7 @@ class _Count:
         found = self._share(name) * self._numel(name)
         for behind, _ in self.graph.consumers[name]:
             step = self.graph.steps[behind]
-            if isinstance(step.rule, AverageRule) or _is_pool(step):
+            if isinstance(step.rule, AverageRule) or is_pool(step):
                 found = max(found, self._share(behind) * self._numel(behind))
             elif isinstance(step.rule, ActivationRule):
                 found = max(found, self._active_windows(step))
@@ -263,7 +262,7 @@ class _Count:
 
     def _active_windows(self, activation: Step) -> float:
         """Windows of a pool behind an activation in which some value can be inverted."""
-        pools = [name for name, _ in self.graph.consumers[activation.name] if _is_pool(self.graph.steps[name])]
+        pools = [name for name, _ in self.graph.consumers[activation.name] if is_pool(self.graph.steps[name])]
         if not pools:
             return 0.0
         windows = self._share(pools[0]) * self._numel(pools[0])
@@ -288,7 +287,8 @@ class _Count:
         rank = min(unknowns - unreached, equations)
         weights = math.floor(sum(self._paper_share(layer) * self._numel(layer.name) for layer in layers))
         gradients = sum(tally.gradients for tally in tallies)
-        hidden, rows_a_value = self._pattern(layers)
+        rows_a_value = (gradients + points + sum(values)) / unknowns
+        hidden = hidden_pattern(self.graph, [layer.name for layer in layers], rows_a_value)
         named = layers or consumers
         label = " + ".join(layer.label for layer in named)
         counted = LayerRank(
@@ -362,38 +362,3 @@ class _Count:
                 return 1.0
             case _:
                 return 0.0
-
-    def _pattern(self, layers: list[Step]) -> tuple[str, float]:
-        """The hidden pattern behind a layer and how hard it is, and its gradient rows per unknown of a channel."""
-        pools = [pool for layer in layers if (pool := self._pool_behind(layer)) is not None]
-        if not pools:
-            return "", math.inf
-        rule = layers[0].rule
-        assert isinstance(rule, ConvRule)
-        filters = rule.geometry.out_channels // rule.geometry.groups
-        ratio = filters * rule.geometry.n_taps / (self.batch * rule.geometry.n_input)
-        hard = f"{pools[0].rule.kind} hides its positions: {ratio:.1f} gradient rows per unknown, {_hardness(ratio)}"
-        return hard, ratio
-
-    def _pool_behind(self, layer: Step) -> Step | None:
-        behind = [self.graph.steps[name] for name, _ in self.graph.consumers[layer.name]]
-        if len(behind) != 1:
-            return None
-        if _is_pool(behind[0]):
-            return behind[0]
-        through = isinstance(behind[0].rule, ActivationRule | AffineRule)
-        return self._pool_behind(behind[0]) if through else None
-
-
-def _is_pool(step: Step) -> bool:
-    """Whether a step hides which of its inputs it passed on."""
-    return (step.rule.hidden and not step.rule.needs_output) or "maxpool" in step.rule.kind.lower().replace("_", "")
-
-
-def _hardness(ratio: float) -> str:
-    """How often the search for pooling positions succeeded in this package's own trials, by rows per unknown."""
-    if ratio >= 4:
-        return "found in every trial"
-    if ratio >= 3:
-        return "found in most trials"
-    return "found in some trials" if ratio >= HOPELESS else "not found in trials"

@@ -1,0 +1,85 @@
+"""Which hidden patterns the recovery searches for, and how hard they are by the rows there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.layers.affine import AffineRule
+from rconv_fast.layers.average import AverageRule
+from rconv_fast.layers.conv import ConvRule
+from rconv_fast.walk.graph import Graph, Step
+
+# With fewer rows (gradient constraints and windows) per unknown the positions of a max pooling were in no trial found.
+HOPELESS = 2.0
+
+
+def is_pool(step: Step) -> bool:
+    """Whether a step hides which of its inputs it passed on."""
+    return (step.rule.hidden and not step.rule.needs_output) or "maxpool" in step.rule.kind.lower().replace("_", "")
+
+
+def is_searched(graph: Graph, activation: Step, batch: int) -> bool:
+    """Whether an activation whose outputs do not follow from behind is no stop: its pattern is searched for.
+
+    In front of a max pooling, or, for one sample, of an average over all positions: its binary pattern M (F, n) has to
+    have as many filters as positions.
+    """
+    consumers = [graph.steps[name] for name, _ in graph.consumers[activation.name]]
+    if all(map(is_pool, consumers)):
+        return True
+    filters, positions = activation.shape[1], math.prod(activation.shape[2:])
+    to_one = (
+        len(consumers) == 1 and isinstance(consumers[0].rule, AverageRule) and consumers[0].shape.numel() == filters
+    )
+    rule = activation.rule
+    rectifies = isinstance(rule, ActivationRule) and rule.activation.low == 0 and rule.activation.flats == (0.0,)
+    return (
+        batch == 1 and to_one and rectifies and filters >= positions and _is_behind_one_convolution(graph, activation)
+    )
+
+
+def _is_behind_one_convolution(graph: Graph, step: Step) -> bool:
+    """Whether only affine maps stand between a step and its convolution."""
+    before = graph.steps[step.inputs[0]]
+    if len(graph.consumers[before.name]) != 1:
+        return False
+    return isinstance(before.rule, ConvRule) or (
+        isinstance(before.rule, AffineRule) and _is_behind_one_convolution(graph, before)
+    )
+
+
+def hidden_pattern(graph: Graph, layers: Sequence[str], rows_a_value: float) -> str:
+    """The hidden pattern behind some layers and how hard it is; empty where there is none."""
+    for layer in layers:
+        hidden = _hidden_behind(graph, layer)
+        if hidden is not None and is_pool(hidden):
+            hard = _hardness(rows_a_value)
+            return f"{hidden.rule.kind} hides its positions: {rows_a_value:.1f} rows per unknown, {hard}"
+        if hidden is not None:
+            return f"{hidden.rule.kind} in front of a global average hides its pattern: found in most trials"
+    return ""
+
+
+def _hidden_behind(graph: Graph, name: str) -> Step | None:
+    """The max pooling behind a layer, or the activation in front of an average, with what can be passed between."""
+    if len(graph.consumers[name]) != 1:
+        return None
+    behind = graph.steps[graph.consumers[name][0][0]]
+    if is_pool(behind):
+        return behind
+    if isinstance(behind.rule, ActivationRule) and len(graph.consumers[behind.name]) == 1:
+        average = graph.steps[graph.consumers[behind.name][0][0]]
+        if isinstance(average.rule, AverageRule):
+            return behind
+    return _hidden_behind(graph, behind.name) if isinstance(behind.rule, ActivationRule | AffineRule) else None
+
+
+def _hardness(ratio: float) -> str:
+    """How often the search for a pooling's positions succeeded in this package's own trials."""
+    if ratio >= 4:
+        return "found in every trial"
+    if ratio >= 3:
+        return "found in most trials"
+    return "found in some trials" if ratio >= HOPELESS else "not found in trials"
