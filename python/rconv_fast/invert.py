@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from rconv_fast.baselines.continued import continued
 from rconv_fast.budget import Budget
 from rconv_fast.errors import InterruptedInversionError, UnsupportedModelError, require, require_type
 from rconv_fast.estimate import joint_answer, noise_of
@@ -33,6 +34,7 @@ from rconv_fast.wrappers import working_copy
 POLISH_FROM, POLISH_UP_TO = 0.1, 100_000
 # Readings of one head that are tried; a head that allows more says nothing.
 MAX_READINGS = 8
+METHODS = ("auto", "analytic", "optimise")
 
 
 def invert(
@@ -50,6 +52,7 @@ def invert(
     noise: float | Noise | None = None,
     dtype: torch.dtype = torch.float64,
     prior: str | None = None,
+    method: str = "auto",
     time_limit: float | None = None,
     progress: bool | Callable[[Event], None] = False,
 ) -> Inversion:
@@ -84,6 +87,9 @@ def invert(
         Working precision.
     prior : {None, "box", "nonnegative", "tv"}
         What to prefer among the solutions where the equations leave the input open (None: minimum norm).
+    method : {"auto", "analytic", "optimise"}
+        "optimise" goes on by gradient matching where nothing is verified, from what the equations say; the others
+        never do.
     time_limit : float, optional
         Seconds; what is known by then is returned.
     progress : bool or callable
@@ -107,6 +113,7 @@ def invert(
     R-CONV (Eltaras et al., WISE 2024), sections 3 and 4; R-CONV++ (Computing 107:156, 2025).
     """
     shape = _check_arguments(model, input_shape, prior, batch_size, dtype)
+    require(method in METHODS, "invert", "method", f"be one of {', '.join(METHODS)}", repr(method))
     weights = None if class_weights is None else torch.as_tensor(class_weights)
     client_loss = Loss(loss, reduction, label_smoothing, weights)
     shared = read_gradients("invert", model, gradients)
@@ -126,7 +133,25 @@ def invert(
         inversion, interrupted = _inversion(request, batch_size, labels, report)
     if interrupted:
         raise InterruptedInversionError(inversion)
-    return inversion
+    if method != "optimise" or inversion.verified:
+        return inversion
+    return continued(
+        inversion,
+        model,
+        gradients,
+        input_shape,
+        batch_size=batch_size,
+        labels=labels,
+        loss=loss,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        class_weights=weights,
+        scale=inversion.scale,
+        noise=noise,
+        dtype=dtype,
+        time_limit=None if time_limit is None else request.budget.left,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)

@@ -336,7 +336,10 @@ def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
     passed, graph = best.passed, best.graph
     if best.estimate is not None and best.good:
         notes += best.estimate.notes
-        return best.estimate.uncertainty.isfinite()
+        fixed = best.estimate.uncertainty.isfinite()
+        if not bool(fixed.all()):
+            notes.append(f"{int((~fixed).sum())} values have no finite error bar: the gradients leave them open")
+        return fixed
     inputs = passed.values[graph.input]
     determined = passed.determined.get(graph.input, torch.ones_like(inputs, dtype=torch.bool))
     open_reports = [(n, r) for n, r in passed.reports.items() if n in passed.open]

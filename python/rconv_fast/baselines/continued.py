@@ -1,0 +1,61 @@
+"""Gradient matching that starts from what the exact method knows, for networks it cannot pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from rconv_fast.baselines.inverting_gradients import inverting_gradients
+from rconv_fast.baselines.problem import Options
+from rconv_fast.verdict import Inversion
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def continued(
+    known: Inversion,
+    model: nn.Module,
+    gradients: Mapping[str, Tensor] | Sequence[Tensor],
+    input_shape: Sequence[int],
+    **options: Unpack[Options],
+) -> Inversion:
+    """`inverting_gradients` with the labels of `known`, from its inputs, what is proven of them held.
+
+    Parameters
+    ----------
+    known : Inversion
+        What the exact method found.
+    model, gradients, input_shape, **options
+        As in `inverting_gradients`.
+
+    Returns
+    -------
+    Inversion
+        `known` with the inputs that match the gradients better, and verdict "approximate"; `known` itself where it is
+        verified, or where no better inputs were found.
+    """
+    if known.verified:
+        return known
+    if known.labels is not None and not known.labels.is_floating_point():
+        options["labels"] = known.labels
+    found = inverting_gradients(model, gradients, input_shape, start=known.inputs, held=known.determined, **options)
+    if found.inputs is None or not found.gradient_residual < known.gradient_residual:
+        return known
+    note = "the inputs come from gradient matching, from what the equations say: nothing proves that no others match"
+    return replace(
+        known,
+        verdict="approximate",
+        inputs=found.inputs,
+        labels=known.labels if known.labels is not None else found.labels,
+        gradient_residual=found.gradient_residual,
+        noise_ratio=found.noise_ratio,
+        determined=found.determined,
+        uncertainty=None,
+        batch_size=known.batch_size or len(found.inputs),
+        samples=[replace(sample, status="approximate") for sample in known.samples] or found.samples,
+        notes=[*known.notes, note],
+    )
