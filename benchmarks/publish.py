@@ -188,16 +188,16 @@ def of_paper(results: list[Result]) -> str:
     rows = []
     for r in results:
         mse, psnr, time = r["mse"], r["psnr"], r["time"]
-        none = psnr["mean"] is None
+        none, many = psnr["mean"] is None, len(r["seconds"]) > 1
         rows.append(
             [
                 r["network"],
                 r["attack"],
                 str(len(r["seconds"])),
-                "-" if none else f"{mse['mean']:.1e} ± {mse['deviation']:.1e}",
-                "-" if none else f"{psnr['mean']:.1f} ± {psnr['deviation']:.1f}",
+                "-" if none else f"{mse['mean']:.1e}" + f" ± {mse['deviation']:.1e}" * many,
+                "-" if none else f"{psnr['mean']:.1f}" + f" ± {psnr['deviation']:.1f}" * many,
                 "-" if none else f"{psnr['mean'] + PEAK_255:.1f}",
-                f"{seconds(time['mean'])} ± {seconds(time['deviation'])}",
+                seconds(time["mean"]) + f" ± {seconds(time['deviation'])}" * many,
                 r["note"] or "-",
             ]
         )
