@@ -54,6 +54,7 @@ def solve(
     solver: str = "auto",
     rtol: float = 1e-14,
     max_iterations: int | None = None,
+    nonnegative: bool = False,
     budget: Budget = NO_LIMIT,
     progress: Progress | None = None,
 ) -> Solution:
@@ -61,8 +62,9 @@ def solve(
 
     ``solver="direct"`` uses the gradient rows alone, phase by phase; ``"hybrid"`` all rows; ``"auto"`` is
     direct where the gradient rows alone can have full rank in every phase (or where nothing else is known),
-    else hybrid. `max_iterations` bounds the hybrid's, for a caller who knows what else to try; when `budget` is spent
-    the solution is what there is by then, not converged and of unknown rank.
+    else hybrid. `max_iterations` bounds the hybrid's, for a caller who knows what else to try; unknowns that are
+    known to be `nonnegative` are found sooner; when `budget` is spent the solution is what there is by then, not
+    converged and of unknown rank.
     """
     gradient = [block for block in system.blocks if isinstance(block, GradientRows)]
     others = [block for block in system.blocks if not isinstance(block, GradientRows) and block.count]
@@ -80,7 +82,9 @@ def solve(
         require_memory("recover_conv_input", "the direct solver", direct_bytes(gradient[0]), device)
         return solve_by_phases(gradient[0], system.shape, rtol)
     _require_vectors(system)
-    return solve_hybrid(system, rtol=rtol, max_iterations=max_iterations, budget=budget, progress=progress)
+    return solve_hybrid(
+        system, rtol=rtol, max_iterations=max_iterations, nonnegative=nonnegative, budget=budget, progress=progress
+    )
 
 
 # The iteration keeps this many copies of the unknown and of the rows, float32 shadows and products included.

@@ -55,14 +55,22 @@ class ConjugateGradients(ABC):
     def step(self) -> None:
         """Go to the minimum along p."""
         curvature = self._product()
+        alpha = self._slope() / curvature
         self.before = self.gamma
-        alpha = self.gamma / curvature
         self.x.addcmul_(self.p, alpha)
         self.look(self._remaining(alpha))
 
     def turn(self) -> None:
         """The next direction, conjugate to the last ones."""
-        self.p = torch.addcmul(self.z, self.p, self.gamma / self.before)
+        self.p = torch.addcmul(self.z, self.p, self._beta())
+
+    def _slope(self) -> Tensor:
+        """``<s, p>``, which is gamma as long as directions are conjugate."""
+        return self.gamma
+
+    def _beta(self) -> Tensor:
+        """Share of the last direction in the next."""
+        return self.gamma / self.before
 
     @abstractmethod
     def _product(self) -> Tensor:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
+from rconv_fast.solve.active import solve_with_zeros
 from rconv_fast.solve.dense import PseudoInverse, eigen_seconds
 from rconv_fast.solve.krylov import NO_LIMIT, KrylovResult, Progress, refine
-from rconv_fast.solve.plan import NOISY, Built, Plan, plans
+from rconv_fast.solve.plan import JACOBI, NOISY, Built, Plan, plans
+from rconv_fast.solve.preconditioners import inverse_diagonal
 from rconv_fast.solve.rank import MAX_FACTORED_UNKNOWNS, Accept, Recover, factored_condition, probe, touched
 from rconv_fast.solve.rows import System, balance
 from rconv_fast.solve.solution import Evidence, Solution
@@ -28,6 +30,8 @@ REPLACEMENT, MIXED_REPLACEMENT = 1e-9, 0.02
 MIXED_ENOUGH = 1e-12
 # Systems with more unknowns than this are solved to this residual: the last digits would cost a tenth of the time.
 LARGE_UNKNOWNS, LARGE_RTOL = 100_000, 1e-13
+# Holding zeros leads to the answer within so many iterations, or not at all.
+MAX_ITERATIONS_WITH_ZEROS = 400
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Attempt:
     built: Built
     result: KrylovResult
     residual: float
+    patience: float
 
 
 def solve_hybrid(
@@ -45,12 +50,14 @@ def solve_hybrid(
     *,
     rtol: float,
     max_iterations: int | None = None,
+    nonnegative: bool = False,
     budget: Budget = NO_LIMIT,
     progress: Progress | None = None,
 ) -> Solution:
     """Solve all blocks together; the rank is computed where it is in doubt and can be.
 
-    Nothing is said to be determined where the iterations did not suffice.
+    Nothing is said to be determined where the iterations did not suffice. That unknowns are `nonnegative` helps to find
+    the answer, and counts for nothing where it is proven to be the only one.
     """
     n = math.prod(system.shape)
     open_anyway = system.count < system.unknowns
@@ -58,7 +65,7 @@ def solve_hybrid(
     exact = n <= largest and eigen_seconds(n) <= budget.left
     if exact and open_anyway:
         return _solve_dense(balance(system, 1.0), rtol)
-    best = _best_attempt(system, rtol, max_iterations, budget, progress)
+    best = _best_attempt(system, rtol, max_iterations, nonnegative, budget, progress)
     determined, proof, condition = _what_is_fixed(system, best, exact, budget)
     full = bool(determined.all())
     if exact and not full:  # for the rank itself, and the minimum norm
@@ -78,9 +85,15 @@ def solve_hybrid(
 
 
 def _best_attempt(
-    system: System, rtol: float, max_iterations: int | None, budget: Budget, progress: Progress | None
+    system: System,
+    rtol: float,
+    max_iterations: int | None,
+    nonnegative: bool,
+    budget: Budget,
+    progress: Progress | None,
 ) -> Attempt:
     """The first way that converges, or else the one with the smallest residual."""
+    zeros = nonnegative and rtol < NOISY and system.count >= system.unknowns
     attempts: list[Attempt] = []
     for plan in plans(system, rtol, max_iterations):
         if attempts and budget.spent:
@@ -89,8 +102,12 @@ def _best_attempt(
         built = plan.way.build(balanced, torch.float32 if plan.mixed else system.rhs[0].dtype)
         if built is None:
             continue
-        result = _iterate(plan, built, rtol, budget, progress)
-        attempts.append(Attempt(plan, built, result, balanced.residual(result.x)))
+        result, patience = None, PROBE_PATIENCE
+        if zeros and plan.way is JACOBI and plan.mixed:
+            result, patience = _iterate_with_zeros(plan, built, rtol, budget, progress), PATIENCE_AFTER_ZEROS
+        if result is None:
+            result, patience = _iterate(plan, built, rtol, budget, progress), PROBE_PATIENCE
+        attempts.append(Attempt(plan, built, result, balanced.residual(result.x), patience))
         if result.converged:
             return attempts[-1]
     return min(attempts, key=lambda attempt: attempt.residual)
@@ -108,6 +125,21 @@ def _what_is_fixed(system: System, best: Attempt, exact: bool, budget: Budget) -
         condition = factored_condition(best.built.system)
         return (held if math.isfinite(condition) else nothing), "cholesky", condition
     return probe(best.built.system, _recover(best, budget)), "probe", math.nan
+
+
+def _iterate_with_zeros(
+    plan: Plan, built: Built, rtol: float, budget: Budget, progress: Progress | None
+) -> KrylovResult | None:
+    """The zeros of a ReLU held during the iteration; None where that does not lead to an answer of all equations."""
+    return solve_with_zeros(
+        built.system,
+        inverse_diagonal(built.system, torch.float32),
+        inner_dtype=torch.float32,
+        rtol=max(rtol, LARGE_RTOL),
+        max_iterations=min(plan.max_iterations, MAX_ITERATIONS_WITH_ZEROS),
+        budget=budget,
+        progress=progress,
+    )
 
 
 def _iterate(plan: Plan, built: Built, rtol: float, budget: Budget, progress: Progress | None) -> KrylovResult:
@@ -152,8 +184,9 @@ def _iterate(plan: Plan, built: Built, rtol: float, budget: Budget, progress: Pr
     )
 
 
-# A probe knows its answer, looks at it every so many iterations, and may take this much longer than the solve.
-PROBE_EVERY, PROBE_PATIENCE = 10, 1.5
+# A probe knows its answer, looks at it every so many iterations, and may take this much longer than the solve:
+# one that held zeros took fewer iterations than a probe, which knows none, needs.
+PROBE_EVERY, PROBE_PATIENCE, PATIENCE_AFTER_ZEROS = 10, 1.5, 4.0
 
 
 def _recover(attempt: Attempt, budget: Budget) -> Recover:
@@ -168,7 +201,7 @@ def _recover(attempt: Attempt, budget: Budget) -> Recover:
             inner_dtype=torch.float32 if mixed else None,
             inner_rtol=MIXED_REPLACEMENT if mixed else REPLACEMENT,
             rtol=0.0,
-            max_iterations=max(PROBE_EVERY, int(PROBE_PATIENCE * attempt.result.iterations)),
+            max_iterations=max(PROBE_EVERY, int(attempt.patience * attempt.result.iterations)),
             accept=accept,
             accept_every=PROBE_EVERY,
             budget=budget,

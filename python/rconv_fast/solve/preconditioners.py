@@ -23,11 +23,15 @@ from rconv_fast.solve.rows import GradientRows, System, WeightRows, gradient_par
 
 def jacobi(system: System, dtype: torch.dtype) -> Preconditioner:
     """The inverse diagonal."""
+    inverse = inverse_diagonal(system, dtype)
+    return lambda v: v * inverse
+
+
+def inverse_diagonal(system: System, dtype: torch.dtype) -> Tensor:
+    """One over the diagonal of ``M^T M``, 0 where that is 0 and off the support."""
     diagonal = system.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0).to(dtype)
-    if system.support is not None:
-        inverse = inverse * system.support
-    return lambda v: v * inverse
+    return inverse if system.support is None else inverse * system.support
 
 
 def phase_cholesky(system: System, dtype: torch.dtype) -> Preconditioner | None:

@@ -442,7 +442,7 @@ class _Recursion:
             return place_by_zeros(system, found) if self.graph.never_negative(step.name) else found
         options, bounded = self.options, self.graph.never_negative(step.name)
         scarce = system.count < SCARCE * system.unknowns and bounded
-        found = self._solve_linear(system, label, SCARCE_ITERATIONS if scarce else None)
+        found = self._solve_linear(system, label, SCARCE_ITERATIONS if scarce else None, nonnegative=bounded)
         settled = found.converged and (_is_fixed(step, found) or found.residual > options.bar)
         if settled or not bounded or found.unknowns > 2 * found.rank:
             return found  # the last: zeros cannot fix more directions than half of the values (Wendel)
@@ -454,12 +454,15 @@ class _Recursion:
             progress=lambda i, r: options.progress(Event(label, "nonnegative", i, None, r)),
         )
 
-    def _solve_linear(self, system: System, label: str, max_iterations: int | None = None) -> Solution:
+    def _solve_linear(
+        self, system: System, label: str, max_iterations: int | None = None, *, nonnegative: bool = False
+    ) -> Solution:
         options = self.options
         return solve(
             system,
             rtol=max(1e-15, 1e-3 * options.precision),
             max_iterations=max_iterations,
+            nonnegative=nonnegative,
             budget=options.budget,
             progress=lambda i, r: options.progress(Event(label, "solve", i, None, r)),
         )
