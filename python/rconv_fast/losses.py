@@ -93,13 +93,21 @@ class Loss:
                     o, t, _like(weights, o), reduction=self.reduction, label_smoothing=self.label_smoothing
                 )
             case "nll":
-                return lambda o, t: F.nll_loss(o, t, _like(weights, o), reduction=self.reduction)
+                return lambda o, t: _nll(o, t, _like(weights, o), self.reduction)
             case "binary_cross_entropy_with_logits":
                 return lambda o, t: F.binary_cross_entropy_with_logits(o, t, reduction=self.reduction)
             case "binary_cross_entropy":
                 return lambda o, t: F.binary_cross_entropy(o, t, reduction=self.reduction)
             case _:
                 return lambda o, t: F.mse_loss(o, t, reduction=self.reduction)
+
+
+def _nll(outputs: Tensor, targets: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    """``nll_loss``, which takes distributions as targets as well, as ``cross_entropy`` does."""
+    if not targets.is_floating_point():
+        return F.nll_loss(outputs, targets, weights, reduction=reduction)
+    value = -(targets * outputs if weights is None else weights * targets * outputs).sum()
+    return value / len(outputs) if reduction == "mean" else value
 
 
 def _like(weights: Tensor | None, outputs: Tensor) -> Tensor | None:

@@ -45,6 +45,8 @@ class HeadCandidate:
         Equations of the head that the reading did not use; with none, almost any gradient has such a reading.
     scale : float
         Factor by which the gradients are multiplied.
+    errors : Tensor, shape (B,), or None
+        Predicted relative error of the last layer's input under the noise, where it was computed.
     notes : tuple of str
         What a reader must know.
     """
@@ -57,6 +59,7 @@ class HeadCandidate:
     complete: bool
     spare: int
     scale: float = 1.0
+    errors: Tensor | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -181,6 +184,7 @@ def _candidate(values: Mapping[str, Tensor], found: HeadSeparation, notes: Seque
         complete=found.complete,
         spare=found.spare,
         scale=found.scale,
+        errors=None if found.errors is None else found.errors[index],
         notes=tuple(notes),
     )
 

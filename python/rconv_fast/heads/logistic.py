@@ -75,7 +75,7 @@ def _reading(head: Head, x: Tensor, delta: Tensor, w: float) -> HeadSeparation |
     """The sample with the labels nearest to its equations; None where they contradict it."""
     logits = head.logits(x)
     sigmoid = torch.sigmoid(logits)
-    labels = (sigmoid - delta / w).round().clamp(0, 1)
+    labels = (sigmoid - delta / w > 0.5).to(delta)
     scale = 1.0 if head.scale is None else head.scale
     if head.scale is None:  # delta < 0 exactly where y = 1
         labels = (delta < 0).to(delta)

@@ -21,7 +21,7 @@ from rconv_fast.heads.roots import HeadFactors, RootSystem
 from rconv_fast.heads.search import Found, HeadProblem, search, truncated
 from rconv_fast.heads.separation import HeadSeparation
 from rconv_fast.heads.single import noisy_single_sample, single_sample
-from rconv_fast.heads.spectrum import noise_in_spectrum, noisy_rank, numerical_rank, singular_triplets
+from rconv_fast.heads.spectrum import noise_in_sums, noisy_rank, numerical_rank, singular_triplets
 from rconv_fast.losses import Loss
 
 # ``q_a^T p_b`` of a complete separation is 0 or 1 this closely, or as closely as the noise allows.
@@ -164,35 +164,16 @@ def separate(head: Head, batch_size: int | None, given: Tensor | None, seed: int
     single = None if head.noisy else single_sample(head, expected, given)
     if single is not None:
         return single
-    for problem, note in _problems(head, expected, given, torch.Generator().manual_seed(seed)):
-        noisy = noisy_single_sample(problem.head, problem.factors, expected, given, note)
-        found = noisy or _assemble(problem, search(problem), note, expected)
-        if len(found.inputs) == found.rank and found.reason in ("", note):
-            break
-    return found
-
-
-def _problems(
-    head: Head, expected: int | None, given: Tensor | None, generator: torch.Generator
-) -> list[tuple[HeadProblem, str]]:
-    """What to search: where nothing was said of noise that the spectrum shows, first with it, then without."""
-    factors = _factors(head)
-    shape = (head.n_classes, factors.vh.shape[1])
-    rest = (expected, given, generator)
-    if head.noisy:
-        return [(_problem(head, factors, *rest), "")]
-    rank = numerical_rank(factors.s, shape, head.rounding)
-    problems = [(_problem(head, truncated(factors, rank), *rest, spectrum=factors.s), "")]
-    shown = None
-    if rank >= head.n_classes // 2:  # else the gap is where rounding explains it
-        shown = noise_in_spectrum(torch.linalg.svdvals(head.grad_weight), (shape[0], head.grad_weight.shape[1]), rank)
-    if shown is not None and expected in (None, shown[0]):
-        sigma = head.grad_weight.new_full((), shown[1])
-        noisy = replace(head, sigma_weight=sigma, sigma_bias=sigma)
-        share = float(sigma / head.grad_weight.square().mean().sqrt())
+    factors, note = _factors(head), ""
+    if not head.noisy and (sigma := noise_in_sums(head.grad_weight, factors.s, head.rounding)) is not None:
+        entry = head.grad_weight.new_full((), sigma)
+        share = sigma / float(head.grad_weight.square().mean().sqrt())
         note = f"the gradient carries noise of about {share:.0e} of its entries, which noise= should say"
-        problems.insert(0, (_problem(noisy, truncated(_factors(noisy), shown[0]), *rest), note))
-    return problems
+        head = replace(head, sigma_weight=entry, sigma_bias=entry)
+        factors = _factors(head)
+    problem = _problem(head, factors, expected, given, torch.Generator().manual_seed(seed))
+    noisy = noisy_single_sample(problem.head, problem.factors, expected, given, note)
+    return noisy or _assemble(problem, search(problem), note, expected)
 
 
 def _problem(
@@ -201,7 +182,6 @@ def _problem(
     expected: int | None,
     given: Tensor | None,
     generator: torch.Generator,
-    spectrum: Tensor | None = None,
 ) -> HeadProblem:
     """Keep as many singular values as samples; the noise, and the weight of a sample, given or guessed."""
     n, d = head.n_classes, factors.vh.shape[1]
@@ -210,13 +190,14 @@ def _problem(
         rank = noisy_rank(factors.s, sigma * (n**0.5 + d**0.5))
         noise = sigma * n**0.5
     else:
-        rank = factors.rank
+        rank = numerical_rank(factors.s, (n, d), head.rounding)
     if expected is not None and rank > expected:
         if rank < n - 1:  # a gap: the gradient holds more samples than were stated
             expected = given = None
         else:
             rank = expected
-    if spectrum is not None:
+    if not head.noisy:
+        spectrum = factors.s
         tail = float(spectrum[rank]) if rank < len(spectrum) else 0.0
         # the last singular value is 0 but for rounding (the columns of dW sum to zero): two measure the noise
         least = torch.finfo(torch.float64).eps if len(spectrum) - rank >= 2 else head.rounding

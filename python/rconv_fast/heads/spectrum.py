@@ -1,14 +1,16 @@
-"""How many samples a gradient holds: the singular values above its rounding, or above the noise that they show."""
+"""How many samples a gradient holds: the singular values above its rounding, or above its noise."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Singular values of noise alone: at least so many, half of them within this factor, this far below the others.
-_TAIL_COUNT = 3
-_TAIL_SPREAD = 30.0
-_TAIL_GAP = 10.0
+# Column sums of a softmax head's gradient above so many roundings are noise.
+_SUM_ROUNDINGS = 100.0
+# Below this share of the gradient they hardly matter.
+_LEAST_SHARE = 1e-8
+# Noise fills this share of the rank that there can be: not all, where coarse rounding makes rows alike.
+_FULL = 0.9
 # A matrix with more rows is first projected on a random range of so many dimensions, which hold most batches.
 _RANGE_FROM = 256
 _RANGE = 128
@@ -51,31 +53,18 @@ def noisy_rank(singular_values: Tensor, edge: float) -> int:
     return max(1, int((singular_values > edge).sum()))
 
 
-def noise_in_spectrum(singular_values: Tensor, shape: tuple[int, int], rank: int) -> tuple[int, float] | None:
-    """Rank and standard deviation of an entry's noise, where the spectrum shows a gap above a flat tail.
+def noise_in_sums(grad_weight: Tensor, singular_values: Tensor, rounding: float) -> float | None:
+    """Standard deviation of an entry's noise, from the column sums of a softmax head's gradient; None if there is none.
 
-    Parameters
-    ----------
-    singular_values : Tensor, shape (k,)
-        In descending order, of a matrix of the given shape (n, d).
-    rank : int
-        The rank that rounding alone would explain: a tail of rounding is none of noise.
-
-    Notes
-    -----
-    The tail of ``n x d`` noise beyond rank r has a squared Frobenius norm of ``sigma^2 (n - r) (d - r)``. The last
-    value is left out: the columns of a softmax head's gradient sum to zero.
+    A softmax and its target both sum to 1, so the columns of ``dW`` sum to 0, and noise of n entries to
+    ``sigma sqrt(n)``: an estimate that no sample has a part in. Noise also leaves no gap in the spectrum, which tells
+    it from the rounding of a nearly certain softmax. Rows and columns of zeros (dead features) are left out.
     """
-    values = singular_values[: min(rank, len(singular_values) - 1)].tolist()
-    best: tuple[float, int] | None = None
-    for k in range(1, len(values) - _TAIL_COUNT + 1):
-        gap = values[k - 1] / max(values[k], 1e-300)
-        flat = values[k] <= _TAIL_SPREAD * values[(k + len(values)) // 2]
-        if gap >= _TAIL_GAP and flat and (best is None or gap > best[0]):
-            best = (gap, k)
-    if best is None:
+    alive = grad_weight != 0
+    rows, columns = int(alive.any(1).sum()), int(alive.any(0).sum())
+    rank = numerical_rank(singular_values, (len(grad_weight), grad_weight.shape[1]), rounding)
+    level = float(grad_weight.sum(0).norm())
+    least = max(_SUM_ROUNDINGS * rounding, _LEAST_SHARE) * float(grad_weight.norm())
+    if rank < _FULL * min(rows, columns) or level <= least:
         return None
-    k = best[1]
-    n, d = shape
-    tail = float(singular_values[k:].square().sum())
-    return k, (tail / max(1, (n - k) * (d - k))) ** 0.5
+    return float(level / (len(grad_weight) * columns) ** 0.5)
