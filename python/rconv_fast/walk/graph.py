@@ -16,7 +16,7 @@ from rconv_fast.layers.activation import Activation, ActivationRule
 from rconv_fast.layers.base import Rule, UnsupportedRule
 from rconv_fast.layers.check import check_rule
 from rconv_fast.layers.dropout import DROPOUT_CALLS, DROPOUTS, DropoutRule, keep_all
-from rconv_fast.layers.norm import NormRule, Statistics, batch_statistics, has_own_statistics, norm_function
+from rconv_fast.layers.norm import NormRule, Statistics, batch_statistics, has_own_statistics, norm_function, norm_sets
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.layers.registry import (
@@ -519,7 +519,7 @@ def _function_of(node: fx.Node, module: nn.Module | None) -> Callable[..., Any]:
 
 def _call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a module in the dtype of what it is given; its own parameters and buffers stay as they are."""
-    if has_own_statistics(module):
+    if has_own_statistics(module) and norm_sets(module, args[0]) is not None:
         return norm_function(module, *args, **kwargs)
     if isinstance(module, DROPOUTS):
         return keep_all(args[0], module.p, module.training)
