@@ -108,7 +108,7 @@ def test_what_no_pattern_determines_is_said_beforehand() -> None:
     result = attack(model.double(), photo(16)).result
     assert not result.verified
     assert result.stops_at == "2"
-    assert "do not determine the input" in result.reason
+    assert "prove no pattern" in result.reason
 
 
 def test_rules_read_the_pieces_of_a_forward_run() -> None:

@@ -99,7 +99,7 @@ def alternate(problem: Problem, schedule: Schedule, budget: Budget, start: Tenso
         behind, gradients = problem.hidden.misfit(o), problem.gradient_misfit(x, problem.hidden.tight(pattern))
         state.x = x
         state.history.append(behind + gradients)
-        if min(behind, gradients) < GATE and (refuted is None or not torch.equal(pattern, refuted)):
+        if max(behind, gradients) < GATE and (refuted is None or not torch.equal(pattern, refuted)):
             certified = certify(problem, pattern)
             refuted = pattern
         if certified is not None or budget.spent or _stalled(state.history):

@@ -20,9 +20,12 @@ class Certified:
 
 
 def certify(problem: Problem, pattern: Tensor) -> Certified | None:
-    """Solve all equations under a pattern, every one counting the same; None where something contradicts it."""
+    """Solve all equations under a pattern, every one counting the same; None where something contradicts it.
+
+    No more equations than unknowns would leave nothing to contradict.
+    """
     system = problem.system(problem.hidden.tight(pattern))
-    if system.count < system.unknowns:
+    if system.count <= system.unknowns:
         return None
     solution = solve(system)
     if not bool(solution.determined.all()):

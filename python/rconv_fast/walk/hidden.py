@@ -100,9 +100,9 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
     system = problem.system(
         problem.hidden.tight(problem.hidden.choose(torch.ones_like(problem.hidden.relaxed().target)))
     )
-    if system.count < system.unknowns:
-        few = f"{system.count} equations for {system.unknowns} unknowns under any pattern"
-        return Outcome(reason=f"{rule.kind}, where {few} do not determine the input")
+    if system.count <= system.unknowns:
+        few = f"{system.count} equations for {system.unknowns} unknowns"
+        return Outcome(reason=f"{rule.kind}, where {few} prove no pattern")
     start = time.perf_counter()
     for name, propose in _proposals(problem, chain):
         options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} ({name})"))
