@@ -47,20 +47,6 @@ def pixels(sample: Tensor, determined: Tensor | None = None) -> NDArray[np.uint8
     return (255 * painted).round().to(torch.uint8).numpy()
 
 
-def heat(values: Tensor) -> NDArray[np.uint8]:
-    """(H, W) values as (H, W, 3) pixels from dark (the least) to bright (the most); infinite ones in `OPEN`."""
-    v = values.detach().cpu().double()
-    finite = v[v.isfinite()]
-    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 1.0)
-    share = ((v - low) / max(high - low, 1e-300)).clamp(0, 1).nan_to_num(0)
-    anchors = torch.tensor([[0.0, 0.0, 0.1], [0.35, 0.05, 0.45], [0.85, 0.3, 0.35], [1.0, 0.95, 0.65]])
-    place = share * (len(anchors) - 1)
-    below = place.floor().clamp(max=len(anchors) - 2).long()
-    painted = torch.lerp(anchors.double()[below], anchors.double()[below + 1], (place - below)[..., None])
-    painted[~v.isfinite()] = torch.tensor(OPEN, dtype=torch.float64)
-    return (255 * painted).round().to(torch.uint8).numpy()
-
-
 def title(inversion: Inversion, i: int) -> str:
     """What stands over sample `i`: its label and status, its error, and whether its values were stretched."""
     assert inversion.inputs is not None
