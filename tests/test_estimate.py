@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks import photo
-from rconv_fast import psnr
-from rconv_fast.estimate import Estimate, cramer_rao, estimate
+from rconv_fast import gradients_from_update, invert, psnr
+from rconv_fast.estimate import Estimate, Grid, cramer_rao, estimate, noise_of, snapped
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Observation
 
@@ -92,3 +93,49 @@ def test_batch_through_wrappers() -> None:
     found = estimate(model, observation, near(x, 40.0), y)
     assert math.isfinite(found.z)
     assert psnr(found.inputs, x) > 40
+
+
+def shared_by_client(kind: str, levels: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A float32 client's gradients of an 8-bit picture, rounded to float16 or read from an update."""
+    model, y = network(nn.ReLU).float(), torch.tensor([3])
+    loss = F.cross_entropy(model(levels.float() / 255), y)
+    named = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    if kind == "float16":
+        return model, {name: g.half() for name, g in named.items()}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    after = {name: p - 0.01 * named[name] for name, p in before.items()}
+    return model, gradients_from_update(before, after, 0.01)
+
+
+@pytest.mark.parametrize("kind", ["float16", "update"])
+def test_picture_of_8_bits_comes_back_byte_for_byte(kind: str) -> None:
+    levels = (photo(12, channels=1) * 255).round()
+    model, shared = shared_by_client(kind, levels)
+    found = invert(model, shared, (1, 12, 12), quantum=1 / 255)
+    assert found.verified
+    assert torch.equal((found.inputs * 255).round(), levels)
+    assert float(found.uncertainty.max()) == 0
+
+
+def test_picture_off_the_grid_is_not_put_on_it() -> None:
+    levels = (photo(12, channels=1) * 255).round()
+    levels[0, 0, 3, 4] += 0.4
+    model, shared = shared_by_client("float16", levels)
+    found = invert(model, shared, (1, 12, 12), quantum=1 / 255)
+    assert float(found.uncertainty.min()) > 0
+    assert any("not snapped" in note for note in found.notes)
+
+
+def test_one_level_off_in_one_value_is_refused() -> None:
+    levels = (photo(12, channels=1) * 255).round()
+    model, shared = shared_by_client("float16", levels)
+    work = copy.deepcopy(model).double()
+    sigma, _ = noise_of(shared)
+    observation = Observation({n: g.double() for n, g in shared.items()}, Loss(), sigma)
+    wrong = levels.double()
+    wrong[0, 0, 5, 5] += 1
+    answer = replace(estimate(work, observation, levels.double() / 255, torch.tensor([3])), inputs=wrong / 255)
+    assert answer.uncertainty.max() < 1e-3
+    found = snapped(Grid.create(1 / 255, levels.shape), answer, observation, shared, model, torch.tensor([3]))
+    assert float(found.uncertainty.min()) > 0
+    assert any("not snapped" in note for note in found.notes)

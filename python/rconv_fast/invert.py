@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rconv_fast.baselines.continued import continued
 from rconv_fast.budget import Budget
 from rconv_fast.errors import InterruptedInversionError, UnsupportedModelError, require, require_type
-from rconv_fast.estimate import joint_answer, noise_of
+from rconv_fast.estimate import Grid, Quantum, joint_answer, noise_of, snapped
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
 from rconv_fast.heads.head import rounding_of
 from rconv_fast.heads.tokens import token_ids
@@ -50,6 +50,7 @@ def invert(
     class_weights: Tensor | Sequence[float] | None = None,
     scale: float | None = 1.0,
     noise: float | Noise | None = None,
+    quantum: Quantum | None = None,
     dtype: torch.dtype = torch.float64,
     prior: str | None = None,
     method: str = "auto",
@@ -83,6 +84,9 @@ def invert(
     noise : float, mapping of str to float or Tensor, or None
         Standard deviation of each entry: a number relative to each tensor's root mean square, or by parameter name;
         None: what the gradients record of themselves, else the arithmetic's own.
+    quantum : float or (float, float or sequence of float, float or sequence of float), optional
+        The inputs lie on a grid: a step, or (step, mean, std) of a normalisation a channel. Noisy gradients' inputs
+        are snapped to it where their error bars single out a level each, and checked by a run of the client.
     dtype : torch.dtype
         Working precision.
     prior : {None, "box", "nonnegative", "tv"}
@@ -124,6 +128,7 @@ def invert(
         client_loss,
         scale,
         noise,
+        None if quantum is None else Grid.create(quantum, torch.Size((1, *shape))),
         dtype,
         prior,
         Budget.seconds(time_limit),
@@ -164,6 +169,7 @@ class _Request:
     loss: Loss
     scale: float | None
     noise: float | Noise | None
+    grid: Grid | None
     dtype: torch.dtype
     prior: str | None
     budget: Budget
@@ -281,7 +287,8 @@ def _estimated(request: _Request, answer: Answer, observation: Observation, repo
     graph, head = answer.graph, answer.head
     rounded = request.noise is None and request.gradients.noise is None
     repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
-    if graph.unread or graph.in_training or repeated or request.budget.spent or (answer.good and rounded):
+    enough = answer.good and rounded and request.grid is None
+    if graph.unread or graph.in_training or repeated or request.budget.spent or enough:
         return answer
     report(Event("input", "joint estimate"))
     found = joint_answer(
@@ -298,8 +305,11 @@ def _estimated(request: _Request, answer: Answer, observation: Observation, repo
     )
     if found is None or (answer.good and not fits(found.chi2, found.dof)):
         return answer
-    match = replace(observation, scale=found.scale).compare(request.working_model, found.inputs, head.labels)
     good = fits(found.chi2, found.dof)
+    if good and request.grid is not None:
+        client = request.client or request.working_model
+        found = snapped(request.grid, found, observation, request.gradients, client, head.labels)
+    match = replace(observation, scale=found.scale).compare(request.working_model, found.inputs, head.labels)
     if not good and answer.match is not None and answer.match.relative <= match.relative:
         return answer
     passed = answer.passed.with_value(graph.input, found.inputs)

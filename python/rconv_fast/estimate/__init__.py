@@ -4,5 +4,17 @@ from rconv_fast.estimate.answer import joint_answer
 from rconv_fast.estimate.bounds import Bound, cramer_rao, fisher_matrix
 from rconv_fast.estimate.joint import Estimate, estimate
 from rconv_fast.estimate.noise_model import noise_of
+from rconv_fast.estimate.quantum import Grid, Quantum, snapped
 
-__all__ = ["Bound", "Estimate", "cramer_rao", "estimate", "fisher_matrix", "joint_answer", "noise_of"]
+__all__ = [
+    "Bound",
+    "Estimate",
+    "Grid",
+    "Quantum",
+    "cramer_rao",
+    "estimate",
+    "fisher_matrix",
+    "joint_answer",
+    "noise_of",
+    "snapped",
+]

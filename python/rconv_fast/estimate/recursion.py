@@ -242,7 +242,7 @@ def _solve(problem: GradientMap, graph: Graph, layer: Step, output: _Output, siz
     if n <= DIRECT_UP_TO:
         matrix = _matrix(rule, blocks, v, batch)
         matrix.diagonal().add_(prior)
-        inverse = torch.linalg.inv(matrix)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
         x, deviation = inverse @ right.flatten(), inverse.diagonal().clamp_min(0).sqrt()
         step = graph.steps[layer.inputs[0]]
         return Uncertain(x.reshape(step.shape), deviation.reshape(step.shape))
