@@ -301,8 +301,8 @@ def _of_answer(
     if rivals:
         others = "; ".join(f"labels {r.head.labels.tolist()}" for r in rivals)
         notes.append(f"another reading of the head reproduces the gradients too ({others}): give labels= to decide")
-    if best.good and not verified and best.estimate is None and not _consistent(reports):
-        notes.append("the equations of a layer contradict each other, so the match alone proves nothing")
+    if inputs is not None and not verified:
+        notes += _why_not(best, reports)
     verdict = _verdict(best, determined, verified)
     if verdict == "features" and inputs is not None:
         inputs = determined = None
@@ -360,6 +360,20 @@ def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
         choice = "minimum-norm choice" if prior is None else f"choice of the prior {prior!r}"
         notes.append(f"values that are not determined are the {choice}")
     return determined
+
+
+def _why_not(best: Answer, reports: Sequence[LayerReport]) -> list[str]:
+    """What kept a right answer from being verified, and what to do."""
+    if not best.good:
+        times = f", {best.noise_ratio:.1f} times the noise" if math.isfinite(best.noise_ratio) else ""
+        miss = f"the inputs miss the gradients by {best.relative:.1e}{times}"
+        return [f"{miss}: say noise= if they are noisier, scale=None after clipping, and check loss, mode and state"]
+    if best.estimate is not None:
+        return [] if _sharp(best.estimate) else ["the error bars are as large as the picture: less noise is needed"]
+    if not _consistent(reports):
+        return ["the equations of a layer contradict each other, so the match alone proves nothing"]
+    unproven = [r.name for r in reports if not proven([r])]
+    return [f"nothing proves that {', '.join(unproven)} have no other input"] if unproven else []
 
 
 def _sharp(estimate: Estimate) -> bool:
