@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.heads.head import Head
-from rconv_fast.heads.search import SAFETY, STATED_SAFETY
+from rconv_fast.heads.problem import SAFETY, STATED_SAFETY
 from rconv_fast.heads.separation import HeadSeparation
 
 # Roots of p are bisected, and searched on a grid, to so much more than the rounding of the gradients.

@@ -10,7 +10,7 @@ from torch import Tensor
 from rconv_fast.heads.head import Head
 from rconv_fast.heads.levenberg_marquardt import State, damped_step, minimise
 from rconv_fast.heads.other_loss import other_loss
-from rconv_fast.heads.search import STATED_SAFETY
+from rconv_fast.heads.problem import STATED_SAFETY
 from rconv_fast.heads.separation import HeadSeparation
 
 # A residual is accepted up to this factor above the rounding of the gradients.

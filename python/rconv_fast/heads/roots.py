@@ -11,7 +11,7 @@ for its own label y, and nothing else is, as long as there are more equations th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,10 @@ class HeadFactors:
         ``(n - 1 - r) + 1`` equations (the columns of dW sum to zero) for ``r`` unknowns, one less with a bias.
         """
         return self.n_classes - 2 * self.rank + (0 if self.kappa is None else 1)
+
+    def truncated(self, rank: int) -> HeadFactors:
+        """Keep the largest `rank` singular values."""
+        return replace(self, u=self.u[:, :rank], s=self.s[:rank], vh=self.vh[:rank])
 
     def deflate(self, p: Tensor, q: Tensor) -> HeadFactors:
         """Take samples with coordinates `p`, `q` (m, r) out: ``U (I - sum q p^T) S V^T`` has rank r - m."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from rconv_fast.heads.head import Head
+from rconv_fast.heads.problem import SAFETY
 from rconv_fast.heads.refine import Refined, complete_limit, refine
 from rconv_fast.heads.roots import HeadFactors
-from rconv_fast.heads.search import SAFETY
 from rconv_fast.heads.separation import HeadSeparation
 
 # Labels looked at: at a label the softmax's gradient is the most negative, but for smoothing.

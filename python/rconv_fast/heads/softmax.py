@@ -16,9 +16,10 @@ from rconv_fast.budget import Budget
 from rconv_fast.errors import require
 from rconv_fast.heads.head import Head, check_head
 from rconv_fast.heads.multiplicity import Occurrences, count_occurrences
+from rconv_fast.heads.problem import Found, HeadProblem
 from rconv_fast.heads.refine import Refined, complete_limit, refine
 from rconv_fast.heads.roots import HeadFactors, RootSystem
-from rconv_fast.heads.search import Found, HeadProblem, search, truncated
+from rconv_fast.heads.search import search
 from rconv_fast.heads.separation import HeadSeparation
 from rconv_fast.heads.single import noisy_single_sample, single_sample
 from rconv_fast.heads.spectrum import noise_in_sums, noisy_rank, numerical_rank, singular_triplets
@@ -202,7 +203,7 @@ def _problem(
         # the last singular value is 0 but for rounding (the columns of dW sum to zero): two measure the noise
         least = torch.finfo(torch.float64).eps if len(spectrum) - rank >= 2 else head.rounding
         noise = max(tail, least * float(spectrum[0]))
-    factors = truncated(factors, rank)
+    factors = factors.truncated(rank)
     scale = 1.0 if head.scale is None else head.scale
     loss = head.loss
     plain = head.scale is not None and not head.of_probabilities
