@@ -204,3 +204,21 @@ def test_float32() -> None:
     x = photo(8).float()
     result = invert(model, trained_on(model, x), x.shape[1:])
     assert result.verified, result.summary()
+
+
+def test_two_local_steps_are_approximate_and_never_verified() -> None:
+    model, x = cnn(nn.LeakyReLU(0.2), size=8), photo(8)
+    before = copy.deepcopy(model.state_dict())
+    optimiser = torch.optim.SGD(model.parameters(), 1e-3)
+    for _ in range(2):
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), some_labels(1)).backward()
+        optimiser.step()
+    shared = gradients_from_update(before, model.state_dict(), 1e-3, steps=2)
+    model.load_state_dict(before)
+    done = Attack(invert(model, shared, x.shape[1:]), x)
+    assert not done.result.verified
+    assert done.result.labels.tolist() == [1]
+    assert any("2 local steps" in note for note in done.result.notes)
+    assert done.result.inputs is not None
+    assert done.psnr > 30

@@ -17,6 +17,7 @@ from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candida
 from rconv_fast.heads.head import rounding_of
 from rconv_fast.heads.tokens import token_ids
 from rconv_fast.layers.dropout import with_masks
+from rconv_fast.local_steps import to_middle_weights, what_steps_mean
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Match, Noise, Observation, SharedGradients
 from rconv_fast.polish import polish
@@ -121,8 +122,10 @@ def invert(
     weights = None if class_weights is None else torch.as_tensor(class_weights)
     client_loss = Loss(loss, reduction, label_smoothing, weights)
     shared = read_gradients("invert", model, gradients)
+    work = working_copy(model, _dtype_of(model))
+    to_middle_weights(work, shared)
     request = _Request(
-        working_copy(model, _dtype_of(model)),
+        work,
         shared,
         shape,
         client_loss,
@@ -227,6 +230,8 @@ def _inversion(
         if answers[-1].interrupted:
             break
     inversion = conclude(single, outcome, answers, _tokens(request), request.prior)
+    if request.gradients.steps > 1:
+        inversion = replace(inversion, notes=[*inversion.notes, what_steps_mean(request.gradients)])
     return inversion, any(answer.interrupted for answer in answers)
 
 
@@ -276,6 +281,7 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     found = _polished(request, graph, found, targets, bar, report)
     match = compare(found.passed) if graph.input in found.passed.values else None
     good = match is not None and within_noise(match, observation.precision, noise_known=bool(observation.noise))
+    good = good and request.gradients.steps == 1  # one gradient at other weights than the client's proves nothing
     stop = found.passed.stop
     interrupted = stop is not None and stop.reason == INTERRUPTED
     answer = Answer(head, graph, found.passed, match, good, interrupted)
@@ -288,7 +294,8 @@ def _estimated(request: _Request, answer: Answer, observation: Observation, repo
     rounded = request.noise is None and request.gradients.noise is None
     repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
     enough = answer.good and rounded and request.grid is None
-    if graph.unread or graph.in_training or repeated or request.budget.spent or enough:
+    covered = not graph.unread and not graph.in_training and request.gradients.steps == 1
+    if not covered or repeated or request.budget.spent or enough:
         return answer
     report(Event("input", "joint estimate"))
     found = joint_answer(

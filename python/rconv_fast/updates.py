@@ -95,7 +95,7 @@ def gradients_from_update(
     weights = [name for name in old if _is_parameter(name, old[name], wanted)]
     require(bool(weights), _FUNCTION, "before", "hold at least one floating-point parameter", "none")
 
-    kept, total = _coefficients(training)
+    kept, total = step_coefficients(training)
     spacing_of = _format_of(new[name] for name in weights)
     gradients, noise = {}, {}
     for name in weights:
@@ -152,7 +152,7 @@ def _is_parameter(name: str, tensor: Tensor, parameters: set[str] | None) -> boo
     return tensor.is_floating_point() and name.rpartition(".")[2] not in _STATISTICS
 
 
-def _coefficients(training: LocalTraining) -> tuple[float, float]:
+def step_coefficients(training: LocalTraining) -> tuple[float, float]:
     """The steps are linear in weights and gradients: ``after = kept * before - lr * total * (mean gradient)``."""
     w, v, total, u = 1.0, 0.0, 0.0, 0.0
     for _ in range(training.steps):

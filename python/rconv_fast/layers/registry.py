@@ -276,8 +276,8 @@ def _norm_module(module: Any, call: Call) -> Rule:
     if has_own_statistics(module):
         own = norm_rule(module, x, call.gradient_of)
         return (
-            UnsupportedRule(kind, f"{kind} over {module.normalized_shape} of {tuple(x.shape[1:])}")
-            if own is None
+            UnsupportedRule(kind, f"{kind} over the last axes {tuple(module.normalized_shape)} alone")
+            if not own
             else own
         )
     shape = (1, -1) + (1,) * (x.ndim - 2)

@@ -1,0 +1,34 @@
+"""Several local steps on the same data (experimental): the mean gradient, and the weights it nearly belongs to.
+
+The gradients of E steps are taken at E different weights. Their mean is, up to the square of the way between, the
+gradient at the weights half way between the first and the last: ``w_0 + (E - 1) / (2 E) (w_E - w_0)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rconv_fast.observation import SharedGradients
+from rconv_fast.updates import step_coefficients
+
+
+def to_middle_weights(model: nn.Module, shared: SharedGradients) -> None:
+    """Move a working copy to the weights half way through the steps, in place; as it is where they are not known."""
+    if shared.training is None or shared.steps == 1:
+        return
+    kept, total = step_coefficients(shared.training)
+    share = (shared.steps - 1) / (2 * shared.steps)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in shared:
+                mean = shared[name].to(weight)
+                weight += share * ((kept - 1) * weight - shared.training.lr * total * mean)
+
+
+def what_steps_mean(shared: SharedGradients) -> str:
+    """What a reader must know of an answer from several steps."""
+    return (
+        f"the update sums {shared.steps} local steps, taken here as one at the weights half way: inputs are approximate, "
+        "and only if all steps saw the same data; of several mini-batches, labels and features are those of their sum"
+    )
