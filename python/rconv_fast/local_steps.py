@@ -23,12 +23,12 @@ def to_middle_weights(model: nn.Module, shared: SharedGradients) -> None:
         for name, weight in model.named_parameters():
             if name in shared:
                 mean = shared[name].to(weight)
-                weight += share * ((kept - 1) * weight - shared.training.lr * total * mean)
+                weight.add_(share * ((kept - 1) * weight - shared.training.lr * total * mean))
 
 
 def what_steps_mean(shared: SharedGradients) -> str:
     """What a reader must know of an answer from several steps."""
     return (
-        f"the update sums {shared.steps} local steps, taken here as one at the weights half way: inputs are approximate, "
-        "and only if all steps saw the same data; of several mini-batches, labels and features are those of their sum"
+        f"the update sums {shared.steps} local steps, taken here as one at the weights half way: nothing is verified, "
+        "inputs are at best approximate, and only if all steps saw the same data"
     )

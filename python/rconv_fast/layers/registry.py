@@ -275,11 +275,7 @@ def _norm_module(module: Any, call: Call) -> Rule:
     (x,) = call.operands
     if has_own_statistics(module):
         own = norm_rule(module, x, call.gradient_of)
-        return (
-            UnsupportedRule(kind, f"{kind} over the last axes {tuple(module.normalized_shape)} alone")
-            if not own
-            else own
-        )
+        return own or UnsupportedRule(kind, f"{kind} over the last axes {tuple(module.normalized_shape)} alone")
     shape = (1, -1) + (1,) * (x.ndim - 2)
     scale = (module.running_var.to(call.dtype) + module.eps).rsqrt()
     shift = -module.running_mean.to(call.dtype) * scale
