@@ -245,3 +245,18 @@ def test_no_defence_is_beaten_by_more_than_its_bound_allows() -> None:
     table = to_markdown([none, gaussian, bfloat16, sign]).splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 6
+
+
+class Tokens(nn.Module):
+    """Ids in, an embedding first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(80, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(ids).flatten(1))
+
+
+def test_model_that_takes_tokens_is_judged() -> None:
+    assert audit(Tokens().double(), (10,)).verdict in ("not covered", "features only")

@@ -101,7 +101,7 @@ def defence_table(
     shape = checked_shape("defence_table", model, input_shape)
     model, objective = unwrap(model), Loss(loss)
     graph = read_structure(model, shape)
-    batch = make_probe(graph, next(model.parameters()), shape, batch_size, objective, probe, seed)
+    batch = make_probe(graph, model, shape, batch_size, objective, probe, seed)
     gradients = batch.gradients(model, objective)
     rows = []
     for name, defence in {"none": SharedGradients, **(usual_defences(seed) if defences is None else defences)}.items():

@@ -101,14 +101,14 @@ def audit(
     except UnsupportedModelError as error:
         finding = Finding("not covered", f"{error.module}: {error.reason}", error.module)
         return subject.report(finding, [], 0, noise)
-    batch = make_probe(graph, next(model.parameters()), shape, batch_size, objective, probe, seed)
+    batch = make_probe(graph, model, shape, batch_size, objective, probe, seed)
     measured = measure(model, graph, batch, objective)
     layers = count_layers(graph, batch_size, measured, loss)
     finding = judge(layers)
     if run or (run is None and finding.open and sum(layer.unknowns for layer in layers) <= CHEAP):
         finding = finding.corrected(attempt(model, batch, shape, objective))
         if probe is None and _is_close(finding, layers):
-            other = make_probe(graph, next(model.parameters()), shape, batch_size, objective, None, seed + 1)
+            other = make_probe(graph, model, shape, batch_size, objective, None, seed + 1)
             finding = finding.seconded(attempt(model, other, shape, objective))
     largest = _largest_batch(graph, measured, loss, finding, batch_size)
     predicted = predict(model, objective, batch, noise, finding.verdict, finding.determined)

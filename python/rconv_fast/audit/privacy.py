@@ -137,7 +137,7 @@ def privacy_table(
     """
     shape = checked_shape("privacy_table", model, input_shape)
     model, objective = unwrap(model), Loss(loss)
-    batch = make_probe(read_structure(model, shape), next(model.parameters()), shape, 1, objective, probe, seed)
+    batch = make_probe(read_structure(model, shape), model, shape, 1, objective, probe, seed)
     gradients = batch.gradients(model, objective)
     length = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
     factor = min(1.0, training.clip / length) if length > 0 else 1.0

@@ -41,7 +41,7 @@ class Probe:
 
     def gradients(self, model: nn.Module, loss: Loss) -> dict[str, Tensor]:
         """What a client with this batch would share; the model is left as it is."""
-        model = working_copy(model, self.inputs.dtype)
+        model = working_copy(model, _dtype_of(model))
         parameters = dict(model.named_parameters())
         with torch.enable_grad():
             value = loss(logits_in(model(self.inputs)), self.targets)
@@ -54,27 +54,42 @@ class Probe:
 
 def make_probe(
     graph: Graph,
-    like: Tensor,
+    model: nn.Module,
     input_shape: Sequence[int],
     batch_size: int,
     loss: Loss,
     given: Tensor | tuple[Tensor, Tensor] | None,
     seed: int,
 ) -> Probe:
-    """The batch that was given (its labels too, perhaps), else smooth random pictures; in the dtype of `like`."""
+    """The batch that was given (its labels too, perhaps), else smooth random pictures (tokens, for an embedding)."""
+    like = next(model.parameters())
     generator = torch.Generator().manual_seed(seed)
     outputs = (batch_size, *graph.steps[graph.output].shape[1:])
     targets = _targets(outputs, loss, generator)
     source = f"made up, seed {seed}"
     if given is None:
-        inputs = _smooth((batch_size, *input_shape), generator)
+        shape = (batch_size, *input_shape)
+        tokens = _tokens(graph, model)
+        inputs = _smooth(shape, generator) if tokens is None else torch.randint(tokens, shape, generator=generator)
     else:
         inputs, targets = given if isinstance(given, tuple) else (given, targets)
         require_type(torch.is_tensor(inputs), "audit", "probe", "be a tensor or (inputs, targets)", type(inputs))
         wanted = (batch_size, *input_shape)
         require(tuple(inputs.shape) == wanted, "audit", "probe", f"have shape {wanted}", tuple(inputs.shape))
         source = "given"
-    return Probe(inputs.detach().to(like), targets.to(like.device), source)
+    inputs = inputs.detach().to(like) if inputs.is_floating_point() else inputs.to(like.device)
+    return Probe(inputs, targets.to(like.device), source)
+
+
+def _tokens(graph: Graph, model: nn.Module) -> int | None:
+    """How many tokens an embedding right behind the input knows, if there is one."""
+    modules = dict(model.named_modules())
+    behind = [modules.get(graph.steps[name].label) for name, _ in graph.consumers[graph.input]]
+    return next((m.num_embeddings for m in behind if isinstance(m, nn.Embedding | nn.EmbeddingBag)), None)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _smooth(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -97,7 +112,7 @@ def _targets(outputs: tuple[int, ...], loss: Loss, generator: torch.Generator) -
 
 def measure(model: nn.Module, graph: Graph, probe: Probe, loss: Loss) -> Measured:
     """Run the probe forward and back: which activations can be inverted, which filters have a gradient."""
-    watch = _Watch(working_copy(model, probe.inputs.dtype), graph)
+    watch = _Watch(working_copy(model, _dtype_of(model)), graph)
     with torch.enable_grad():
         value = loss(logits_in(watch.run(probe.inputs)), probe.targets)
         torch.autograd.grad(value, list(watch.module.parameters()), allow_unused=True)

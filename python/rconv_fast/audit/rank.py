@@ -201,7 +201,8 @@ class _Count:
             return
         share = self._share(step.name)
         convolved = any(isinstance(consumer.rule, ConvRule) for consumer in consumers)
-        if convolved or (share < 1 and step.name == self.graph.input):
+        stopped = any(isinstance(consumer.rule, UnsupportedRule) for consumer in consumers)
+        if convolved or (share < 1 and step.name == self.graph.input and not stopped):
             counted = self._count(step, consumers, share)
             self.known[step.name] = 1 - counted.unreached / counted.unknowns
             return
