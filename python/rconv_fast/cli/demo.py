@@ -42,7 +42,7 @@ def demo(
     require(name in models.MODELS, "demo", "--model", f"be one of {', '.join(models.MODELS)}", repr(name))
     place, precision = device.resolve(), dtype.dtype
     network = models.MODELS[name](activation, dtype=precision, seed=seed, image_size=size).to(place)
-    originals = photos.load(image, size, batch).to(place, precision)
+    originals = _as_taken_by(network, photos.load(image, size, batch)).to(place, precision)
     files.prepare_folder(out, overwrite)
 
     gradients = _client_gradients(network, originals, seed, noise)
@@ -64,6 +64,12 @@ def demo(
     assumed = running.assumptions(_loss_of(network), False, noise or None, gradients.source)
     written = running.report(out, outcome, seen, drawn, **measured, settings=settings, assumptions=assumed)
     return running.finish(outcome, said, written)
+
+
+def _as_taken_by(model: nn.Module, images: Tensor) -> Tensor:
+    """Photos in grey for a network of one input channel."""
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    return images.mean(1, keepdim=True) if first.in_channels == 1 else images
 
 
 def _compare(out: Path, outcome: running.Outcome, originals: Tensor) -> tuple[str, Path | None, dict[str, Any]]:
