@@ -308,11 +308,12 @@ def test_invert_reads_files_and_writes_only_into_its_folder(
     before = {p for p in folder.rglob("*") if "__pycache__" not in p.parts}
     inputs = torch.rand(2, 1, 8, 8, dtype=torch.float64)
     fake.result = exact(inputs)
-    done = run(*options(folder, batch=2, loss="mse", scale="unknown"))
+    done = run(*options(folder, batch=2, loss="mse", scale="unknown", quantum="1/255"))
     assert done.exit_code == 0, done.errors
     (call,) = fake.calls
     assert (call["input_shape"], call["batch_size"], call["loss"]) == ((1, 8, 8), 2, "mse")
     assert call["scale"] is None
+    assert call["quantum"] == 1 / 255
     assert "noise" not in call
     assert not call["model"].training
     state = load_file(folder / "state.safetensors")
@@ -407,6 +408,7 @@ def test_a_model_is_named_by_a_file_a_module_or_its_own_name(client: tuple[Path,
         ({"after": "absent.pt"}, "--gradients must be given, or --after, got both or none"),
         ({"batch": 0}, "--batch must be >= 1, got 0"),
         ({"loss": "hinge"}, "loss must be one of cross_entropy"),
+        ({"quantum": "1/0"}, "--quantum must be a number, as in 1/255, got '1/0'"),
         ({"scale": "big"}, "--scale must be a number or unknown, got 'big'"),
     ],
 )

@@ -116,6 +116,7 @@ def invert(
     label_smoothing: Annotated[float | None, typer.Option(help="Of the loss.")] = None,
     scale: Annotated[str | None, typer.Option(help="Factor on the gradients; 'unknown' finds it (clipping).")] = None,
     noise: Annotated[float | None, typer.Option(help="Noise on the gradients, relative to each tensor's size.")] = None,
+    quantum: Annotated[str | None, typer.Option(help="Step of the grid the inputs lie on, as in 1/255.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds; what is known by then is reported.")] = None,
     training: Annotated[bool, typer.Option("--training", help="The client's model was in training mode.")] = False,
     device: Where = Device.auto,
@@ -133,6 +134,7 @@ def invert(
         "label_smoothing": label_smoothing,
         "scale": scale,
         "noise": noise,
+        "quantum": quantum,
         "time_limit": time_limit,
     }
     return invert(model, state, gradients, update, input_shape, given, training, device.resolve(), out, overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def invert(
     shared = _gradients(network, gradients) if update is None else _update(network, update)
     given = {name: value for name, value in options.items() if value is not None}
     if "scale" in given:
-        given["scale"] = _scale(given["scale"])
+        text = given["scale"]
+        given["scale"] = None if text == "unknown" else _number("--scale", "a number or unknown", text)
+    if "quantum" in given:
+        given["quantum"] = _number("--quantum", "a number, as in 1/255", given["quantum"])
     Loss(given["loss"], given.get("reduction", "mean"), given.get("label_smoothing", 0.0))  # wrong ones are said now
     files.prepare_folder(out, overwrite)
 
@@ -67,12 +71,12 @@ def invert(
     return running.finish(outcome, "", written)
 
 
-def _scale(text: str) -> float | None:
-    """A number; None, which has it found, for ``unknown``."""
+def _number(option: str, must: str, text: str) -> float:
+    """A number, also as a fraction."""
     try:
-        return None if text == "unknown" else float(text)
-    except ValueError as error:
-        raise ArgumentError(f"invert: --scale must be a number or unknown, got {text!r}") from error
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ArgumentError(f"invert: {option} must be {must}, got {text!r}") from error
 
 
 def _gradients(network: nn.Module, path: Path | None) -> SharedGradients:
