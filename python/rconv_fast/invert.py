@@ -306,6 +306,7 @@ def _estimated(request: _Request, answer: Answer, observation: Observation, repo
         torch.Size((len(head.labels), *request.shape)),
         answer.inputs,
         request.budget,
+        good=answer.good,
         free_scale=request.observation.scale is None,
         client=request.client,
         measure=rounded,

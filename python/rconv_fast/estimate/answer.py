@@ -26,6 +26,7 @@ def joint_answer(
     inputs: Tensor | None,
     budget: Budget,
     *,
+    good: bool = False,
     free_scale: bool = False,
     client: nn.Module | None = None,
     measure: bool = False,
@@ -48,6 +49,8 @@ def joint_answer(
         What the exact recursion found.
     budget : Budget
         When to end.
+    good : bool
+        Whether `inputs` fit the gradients already: no other start is looked for.
     free_scale : bool
         Whether the scale is to be estimated too.
     client : nn.Module, optional
@@ -66,10 +69,11 @@ def joint_answer(
     problem = GradientMap.read(
         model, observation.loss, targets, observation.gradients, sigma, shape, observation.factor
     )
-    starts = [start for start in (noisy_start(problem, known, budget), inputs) if start is not None]
+    proposed = [inputs] if good else [noisy_start(problem, known, budget), inputs]
+    starts = [start for start in proposed if start is not None]
     if not starts:
         return None
-    start = min(starts, key=problem.chi2)
+    start = starts[0] if len(starts) == 1 else min(starts, key=problem.chi2)
     if measure and client is not None:
         observation = _with_arithmetic(observation, model, client, start, targets)
     return estimate(model, observation, start, targets, free_scale=free_scale, client=client, budget=budget)
