@@ -200,6 +200,11 @@ class _Request:
             return {}, self.gradients.source
         return noise_of(self.gradients, self.noise)
 
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the noise is nothing but the rounding of the values: none was stated or recorded."""
+        return self.noise is None and self.gradients.noise is None
+
     @cached_property
     def client(self) -> nn.Module | None:
         """A copy in the precision the client computed in; None where that is the working precision."""
@@ -276,6 +281,11 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     def mismatch(passed: Pass) -> float:
         return compare(passed.repeated(index)).relative
 
+    if observation.noise and not request.is_rounding:  # no equation holds exactly: the joint estimate goes first
+        start = Answer(head, graph, Pass(known.values, {}).repeated(index), None, False)
+        estimated = _estimated(request, start, observation, report)
+        if estimated.good:
+            return estimated
     found = recover(graph, grad_logits, known, options, mismatch, bar)
     found = replace(found, passed=found.passed.repeated(index))
     found = _polished(request, graph, found, targets, bar, report)
@@ -291,7 +301,7 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
 def _estimated(request: _Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:
     """The joint estimate where the gradients are noisy: the most likely inputs with their error bars."""
     graph, head = answer.graph, answer.head
-    rounded = request.noise is None and request.gradients.noise is None
+    rounded = request.is_rounding
     repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
     enough = answer.good and rounded and request.grid is None
     covered = not graph.unread and not graph.in_training and request.gradients.steps == 1
@@ -320,7 +330,8 @@ def _estimated(request: _Request, answer: Answer, observation: Observation, repo
     match = replace(observation, scale=found.scale).compare(request.working_model, found.inputs, head.labels)
     if not good and answer.match is not None and answer.match.relative <= match.relative:
         return answer
-    passed = answer.passed.with_value(graph.input, found.inputs)
+    values = graph.forward(found.inputs) if good else {graph.input: found.inputs}
+    passed = replace(answer.passed, values={**answer.passed.values, **values})
     return replace(answer, passed=passed, match=match, good=good, estimate=found)
 
 

@@ -279,15 +279,13 @@ def _matrix(rule: ConvRule, blocks: Mapping[int, Tensor], v: Tensor, batch: int)
 
 def _block_inverse(blocks: Mapping[int, Tensor], diagonal: Tensor) -> Callable[[Tensor], Tensor]:
     """The inverse channel by channel, weight rows by their diagonal."""
-    factors = []
-    for channel, block in blocks.items():
-        factors.append(torch.linalg.cholesky(block + torch.diag(diagonal[:, channel].flatten())))
-    stacked = torch.stack(factors)
+    shifted = torch.stack([m + torch.diag(diagonal[:, c].flatten()) for c, m in blocks.items()])
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
 
     def apply(x: Tensor) -> Tensor:
-        columns = x.transpose(0, 1).flatten(1)[:, :, None]
-        solved = torch.cholesky_solve(columns, stacked)
-        return solved.reshape(x.transpose(0, 1).shape).transpose(0, 1)
+        by_channel = x.transpose(0, 1)
+        solved = inverse @ by_channel.flatten(1)[:, :, None]
+        return solved.reshape(by_channel.shape).transpose(0, 1)
 
     return apply
 
