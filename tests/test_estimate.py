@@ -139,3 +139,11 @@ def test_one_level_off_in_one_value_is_refused() -> None:
     found = snapped(Grid.create(1 / 255, levels.shape), answer, observation, shared, model, torch.tensor([3]))
     assert float(found.uncertainty.min()) > 0
     assert any("not snapped" in note for note in found.notes)
+
+
+def test_time_limit_is_said() -> None:
+    model, x, y = network(nn.ReLU), photo(12, channels=1), torch.tensor([3])
+    observation = observed(model, x, y, 1e-2)
+    found = invert(model, observation.gradients, (1, 12, 12), noise=1e-2, time_limit=0.0)
+    assert not found.verified
+    assert "time limit" in found.reason

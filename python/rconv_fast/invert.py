@@ -284,7 +284,7 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     if observation.noise and not request.is_rounding:  # no equation holds exactly: the joint estimate goes first
         start = Answer(head, graph, Pass(known.values, {}).repeated(index), None, False)
         estimated = _estimated(request, start, observation, report)
-        if estimated.good:
+        if estimated.good or (estimated.estimate is not None and request.budget.spent):
             return estimated
     found = recover(graph, grad_logits, known, options, mismatch, bar)
     found = replace(found, passed=found.passed.repeated(index))
