@@ -268,9 +268,11 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     A sample that occurs m times is solved for once, with m times its gradient: the equations are the same.
     """
     observation, targets = replace(request.observation, scale=head.scale), head.labels
-    first, index = _distinct(head.multiplicities)
+    ones = torch.ones_like(head.multiplicities)  # in training mode every copy counts in the statistics
+    times = ones if single.in_training else head.multiplicities
+    first, index = _distinct(times)
     graph = single if len(first) == 1 else request.graph(len(first))
-    grad_logits = head.grad_logits[first] * head.multiplicities[first, None]
+    grad_logits = head.grad_logits[first] * times[first, None]
     known = Known({name: value[first] for name, value in head.values.items()})
     options = Options(observation.precision, request.prior, request.budget, report)
     bar = match_bar(observation.precision)
