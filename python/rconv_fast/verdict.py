@@ -289,7 +289,7 @@ def _of_answer(
 ) -> Inversion:
     inputs, passed, head = best.inputs, best.passed, best.head
     reports = list(passed.reports.values())
-    notes = list(head.notes)
+    notes = [*([best.graph.unread] if best.graph.unread else []), *head.notes]
     if outcome.reason and outcome.reason not in notes:
         notes.append(f"{outcome.stops_at}: {outcome.reason}")
     determined = None if inputs is None else _determined(best, notes, prior)
