@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.baselines.continued import continued
 from rconv_fast.budget import Budget
 from rconv_fast.errors import InterruptedInversionError, UnsupportedModelError, require, require_type
 from rconv_fast.estimate import Grid, Quantum, joint_answer, noise_of, snapped
@@ -143,6 +142,8 @@ def invert(
         raise InterruptedInversionError(inversion)
     if method != "optimise" or inversion.verified:
         return inversion
+    from rconv_fast.baselines.continued import continued  # a room that most users never enter
+
     return continued(
         inversion,
         model,
