@@ -34,6 +34,8 @@ from rconv_fast.wrappers import working_copy
 POLISH_FROM, POLISH_UP_TO = 0.1, 100_000
 # Readings of one head that are tried; a head that allows more says nothing.
 MAX_READINGS = 8
+# Noise below this share of the gradients leaves the equations true enough to be solved one layer after the other.
+QUIET = 1e-6
 METHODS = ("auto", "analytic", "optimise")
 
 
@@ -207,6 +209,16 @@ class _Request:
         return self.noise is None and self.gradients.noise is None
 
     @cached_property
+    def is_quiet(self) -> bool:
+        """Whether what noise there is is rounding, or no louder than that."""
+        seen = self.observation
+        if self.is_rounding or not seen.noise:
+            return True
+        noise2 = sum(float(seen.sigma(n).expand_as(g).square().sum()) for n, g in seen.gradients.items())
+        size2 = sum(float(g.double().square().sum()) for g in seen.gradients.values())
+        return noise2 <= QUIET**2 * size2
+
+    @cached_property
     def client(self) -> nn.Module | None:
         """A copy in the precision the client computed in; None where that is the working precision."""
         return working_copy(self.model, torch.float32) if _dtype_of(self.model) == torch.float32 else None
@@ -284,7 +296,7 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     def mismatch(passed: Pass) -> float:
         return compare(passed.repeated(index)).relative
 
-    if observation.noise and not request.is_rounding:  # no equation holds exactly: the joint estimate goes first
+    if not request.is_quiet:  # no equation holds exactly: the joint estimate goes first
         start = Answer(head, graph, Pass(known.values, {}).repeated(index), None, False)
         estimated = _estimated(request, start, observation, report)
         if estimated.good or (estimated.estimate is not None and request.budget.spent):
@@ -304,9 +316,9 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
 def _estimated(request: _Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:
     """The joint estimate where the gradients are noisy: the most likely inputs with their error bars."""
     graph, head = answer.graph, answer.head
-    rounded = request.is_rounding
+    rounded, quiet = request.is_rounding, request.is_quiet
     repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
-    enough = answer.good and rounded and request.grid is None
+    enough = answer.good and quiet and request.grid is None
     covered = not graph.unread and not graph.in_training and request.gradients.steps == 1
     if not covered or repeated or request.budget.spent or enough:
         return answer
