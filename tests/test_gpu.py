@@ -83,6 +83,7 @@ def test_one_layer_as_on_the_cpu(name: str, inverted: bool, monkeypatch: pytest.
     assert float((on_gpu.input.cpu() - x).abs().max()) < 1e-9
 
 
+@pytest.mark.real_gpu  # torch without cuDNN does not keep its TF32 flags
 def test_a_layer_large_enough_for_float32_products() -> None:
     torch.manual_seed(2)
     g = make((3, 24), (96, 96), 3, padding=1)

@@ -57,5 +57,6 @@ def test_an_attack_needs_few_launches(activation: str) -> None:
     launches, waits = simulation.launches(), simulation.waits()
     invert(model, shared, x.shape[1:])
     assert found.verified
-    assert simulation.launches() - launches < 1750
-    assert simulation.waits() - waits < 165
+    assert simulation.launches() - launches < 3000
+    # Two probes of uniqueness, a condition number bounded from above, rules checked: what a verdict now rests on.
+    assert simulation.waits() - waits < 480
