@@ -218,3 +218,17 @@ def test_tokens_are_listed_by_an_embedding_behind_which_nothing_is_solved() -> N
     assert result.labels.tolist() == [1]
     assert result.tokens.tolist() == [0, 3, 7, 41]
     assert "LSTM" in result.reason
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_loud_noise_is_verified_with_error_bars_only(batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no joint estimate can be had, a fit to loud noise says nothing of what the noise hides."""
+    monkeypatch.setattr("rconv_fast.estimate.answer.DENSE_UP_TO", 0)
+    model = network()
+    shared = gradients_of(model, photo(SIZE))
+    result = invert(model, shared, (3, SIZE, SIZE), noise=0.1, batch_size=batch_size)
+    assert not result.verified
+    assert any("error bars" in note for note in result.notes)
+    assert result.verdict == "approximate"
+    coarse = {name: g.bfloat16() for name, g in shared.items()}
+    assert not invert(model, coarse, (3, SIZE, SIZE), batch_size=batch_size).verified

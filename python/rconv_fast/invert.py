@@ -209,14 +209,14 @@ class _Request:
         return self.noise is None and self.gradients.noise is None
 
     @cached_property
-    def is_quiet(self) -> bool:
-        """Whether what noise there is is rounding, or no louder than that."""
+    def is_loud(self) -> bool:
+        """Whether the noise hides more than the equations' own rounding: an answer then needs error bars."""
         seen = self.observation
-        if self.is_rounding or not seen.noise:
-            return True
+        if not seen.noise:
+            return False
         noise2 = sum(float(seen.sigma(n).expand_as(g).square().sum()) for n, g in seen.gradients.items())
         size2 = sum(float(g.double().square().sum()) for g in seen.gradients.values())
-        return noise2 <= QUIET**2 * size2
+        return noise2 > QUIET**2 * size2
 
     @cached_property
     def client(self) -> nn.Module | None:
@@ -296,8 +296,8 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     def mismatch(passed: Pass) -> float:
         return compare(passed.repeated(index)).relative
 
-    if not request.is_quiet:  # no equation holds exactly: the joint estimate goes first
-        start = Answer(head, graph, Pass(known.values, {}).repeated(index), None, False)
+    if request.is_loud and not request.is_rounding:  # no equation holds exactly: the joint estimate goes first
+        start = Answer(head, graph, Pass(known.values, {}).repeated(index), None, False, request.is_loud)
         estimated = _estimated(request, start, observation, report)
         if estimated.good or (estimated.estimate is not None and request.budget.spent):
             return estimated
@@ -309,16 +309,15 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     good = good and request.gradients.steps == 1  # one gradient at other weights than the client's proves nothing
     stop = found.passed.stop
     interrupted = stop is not None and stop.reason == INTERRUPTED
-    answer = Answer(head, graph, found.passed, match, good, interrupted)
+    answer = Answer(head, graph, found.passed, match, good, request.is_loud, interrupted)
     return _estimated(request, answer, observation, report) if observation.noise and not interrupted else answer
 
 
 def _estimated(request: _Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:
     """The joint estimate where the gradients are noisy: the most likely inputs with their error bars."""
     graph, head = answer.graph, answer.head
-    rounded, quiet = request.is_rounding, request.is_quiet
     repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
-    enough = answer.good and quiet and request.grid is None
+    enough = answer.good and not answer.loud and request.grid is None
     covered = not graph.unread and not graph.in_training and request.gradients.steps == 1
     if not covered or repeated or request.budget.spent or enough:
         return answer
@@ -334,7 +333,7 @@ def _estimated(request: _Request, answer: Answer, observation: Observation, repo
         good=answer.good,
         free_scale=request.observation.scale is None,
         client=request.client,
-        measure=rounded,
+        measure=request.is_rounding,
     )
     if found is None or (answer.good and not fits(found.chi2, found.dof)):
         return answer

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.joint import Estimate
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome
 from rconv_fast.observation import Match
@@ -221,6 +222,8 @@ class Answer:
         Of its inputs, if it found any.
     good : bool
         Whether the mismatch is within the noise.
+    loud : bool
+        Whether the noise is above what rounding leaves: only an estimate with error bars is then proven.
     interrupted : bool
         Whether Ctrl-C ended it.
     estimate : Estimate or None
@@ -232,6 +235,7 @@ class Answer:
     passed: Pass
     match: Match | None
     good: bool
+    loud: bool = False
     interrupted: bool = False
     estimate: Estimate | None = None
 
@@ -297,6 +301,8 @@ def _of_answer(
     closed = closed and passed.open <= {best.graph.input}
     if best.estimate is not None:
         closed = determined is not None and bool(determined.all()) and _sharp(best.estimate)
+    elif best.loud:
+        closed = False
     verified = best.good and closed and head.complete and not rivals
     if rivals:
         others = "; ".join(f"labels {r.head.labels.tolist()}" for r in rivals)
@@ -370,6 +376,9 @@ def _why_not(best: Answer, reports: Sequence[LayerReport]) -> list[str]:
         return [f"{miss}: say noise= if they are noisier, scale=None after clipping, and check loss, mode and state"]
     if best.estimate is not None:
         return [] if _sharp(best.estimate) else ["the error bars are as large as the picture: less noise is needed"]
+    if best.loud:
+        needs = f"at most {DENSE_UP_TO} values, samples that differ, a model in evaluation mode"
+        return [f"no error bars could be had, so what this noise hides is not known; they need {needs}"]
     if not _consistent(reports):
         return ["the equations of a layer contradict each other, so the match alone proves nothing"]
     unproven = [r.name for r in reports if not proven([r])]
