@@ -8,6 +8,8 @@ TEST_ARGS ?=
 BENCH_ARGS ?=
 DRY_RUN ?=
 OFFLINE ?=
+# Threads that wait sleep: beside another process, spinning ones made the demo take 30 s instead of 1 on two cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := .venv/bin
 CUDA_SITE := build/cuda

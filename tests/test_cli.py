@@ -21,7 +21,7 @@ from torch import Tensor
 
 import rconv_fast
 from rconv_fast import cli, models
-from rconv_fast.cli import photos
+from rconv_fast.cli import idle_cores, photos
 from rconv_fast.errors import InterruptedInversionError
 from rconv_fast.metrics import psnr
 from rconv_fast.progress import Event
@@ -585,3 +585,10 @@ def test_audit_writes_its_report_and_fails_on_what_it_is_told_to(run: Run, tmp_p
     Page().feed((tmp_path / "a.html").read_text())
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "a.html")} == {0o600}
     assert run(*given).exit_code == 0
+
+
+@pytest.mark.parametrize(("load", "threads"), [(0.1, 4), (1.6, 2), (9.0, 1)])
+def test_threads_are_the_cores_that_nobody_uses(load: float, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4), raising=False)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    assert cli.idle_cores() == threads

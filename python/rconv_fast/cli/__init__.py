@@ -7,10 +7,13 @@ usage or input, 70 a bug (with its traceback), 130 interrupted. Everything on ba
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
+
+import torch
 
 from rconv_fast.errors import RconvError, optional
 
@@ -22,7 +25,20 @@ def main() -> NoReturn:
     # Without this a model of the user's own folder cannot be named: an installed script doesn't look there.
     if "" not in sys.path:
         sys.path.insert(0, "")
+    if "OMP_NUM_THREADS" not in os.environ:  # this process is ours; a library would not touch its caller's threads
+        torch.set_num_threads(idle_cores())
     sys.exit(run())
+
+
+def idle_cores() -> int:
+    """Cores that nobody else uses, at least one.
+
+    A small system is solved in thousands of short parallel steps: where threads share a core with another process, they
+    spend their time waiting for each other.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, cores - round(busy))
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
