@@ -21,7 +21,7 @@ from torch import Tensor
 
 import rconv_fast
 from rconv_fast import cli, models
-from rconv_fast.cli import idle_cores, photos
+from rconv_fast.cli import photos
 from rconv_fast.errors import InterruptedInversionError
 from rconv_fast.metrics import psnr
 from rconv_fast.progress import Event
