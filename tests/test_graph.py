@@ -14,7 +14,7 @@ from attacks import assert_recovered, attack, gradients_of, photo
 from rconv_fast import Inversion, invert
 from rconv_fast.errors import ArgumentError
 from rconv_fast.losses import logits_in
-from rconv_fast.walk.graph import build_graph
+from rconv_fast.walk.reader import build_graph
 
 SIZE = 12
 CLASSES = 10

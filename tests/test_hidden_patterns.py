@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from attacks import Attack, assert_recovered, attack, photo
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
-from rconv_fast.walk.graph import build_graph
+from rconv_fast.walk.reader import build_graph
 
 GREY = photo(16, channels=1)
 

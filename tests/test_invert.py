@@ -21,7 +21,7 @@ from rconv_fast.observation import Observation
 from rconv_fast.solve import Evidence
 from rconv_fast.verdict import what_misses
 from rconv_fast.walk import pass_
-from rconv_fast.walk.graph import build_graph
+from rconv_fast.walk.reader import build_graph
 from rconv_fast.walk.report import LayerReport
 
 

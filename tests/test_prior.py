@@ -18,7 +18,7 @@ from rconv_fast.solve import Solution, System, WeightRows, apply_prior, solve
 from rconv_fast.solve.dense import PseudoInverse
 from rconv_fast.solve.prior import differences, differences_adjoint
 from rconv_fast.walk.bounds import flat_rows
-from rconv_fast.walk.graph import build_graph
+from rconv_fast.walk.reader import build_graph
 from rconv_fast.walk.search import forward_pieces
 
 # What the splitting leaves of a bound, with room.

@@ -113,8 +113,8 @@ def shared_of(drawn: Case) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, {name: g.to(drawn.dtype) if drawn.dtype == torch.bfloat16 else g for name, g in shared.items()}
 
 
-def check(seed: int) -> str:
-    """The verdict of a seed's network; a verified one is the truth."""
+def check(seed: int) -> None:
+    """A verified answer is the truth, any other one says why, and neither takes for ever."""
     drawn = case(seed)
     model, shared = shared_of(drawn)
     start = time.perf_counter()
@@ -134,15 +134,14 @@ def check(seed: int) -> str:
     else:
         assert result.notes or result.reason, described
     assert seconds < 2 * SECONDS, described
-    return result.verdict
 
 
 @pytest.mark.parametrize("seed", QUICK)
 def test_none_is_verified_wrongly(seed: int) -> None:
-    assert check(seed) in ("exact", "approximate", "partial", "features", "nothing")
+    check(seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SWEEP)
 def test_none_of_many_is_verified_wrongly(seed: int) -> None:
-    assert check(1000 + seed) in ("exact", "approximate", "partial", "features", "nothing")
+    check(1000 + seed)

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
-from rconv_fast.errors import InterruptedInversionError, UnsupportedModelError, require, require_type
-from rconv_fast.estimate import Grid, Quantum, joint_answer, noise_of, snapped
+from rconv_fast.errors import InterruptedInversionError, require
+from rconv_fast.estimate import Grid, Quantum, joint_answer, snapped
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
-from rconv_fast.heads.head import rounding_of
 from rconv_fast.heads.tokens import token_ids
-from rconv_fast.layers.dropout import with_masks
 from rconv_fast.local_steps import to_middle_weights, what_steps_mean
 from rconv_fast.losses import Loss
-from rconv_fast.observation import Match, Noise, Observation, SharedGradients
+from rconv_fast.observation import Match, Noise, Observation
 from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
-from rconv_fast.solve import PRIORS
-from rconv_fast.verdict import DOUBLE, Answer, Inversion, conclude, fits, match_bar, within_noise
+from rconv_fast.request import Request, check_arguments, dtype_of
+from rconv_fast.verdict import Answer, Inversion, conclude, fits, match_bar, within_noise
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
-from rconv_fast.walk.graph import Graph, build_graph, opaque_graph
-from rconv_fast.walk.pass_ import INTERRUPTED, Known, Options, Pass
+from rconv_fast.walk.found import INTERRUPTED, Known, Options, Pass
+from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.search import Found, only_input_open, recover
 from rconv_fast.wrappers import working_copy
 
@@ -34,8 +31,6 @@ from rconv_fast.wrappers import working_copy
 POLISH_FROM, POLISH_UP_TO = 0.1, 100_000
 # Readings of one head that are tried; a head that allows more says nothing.
 MAX_READINGS = 8
-# Noise below this share of the gradients leaves the equations true enough to be solved one layer after the other.
-QUIET = 1e-6
 METHODS = ("auto", "analytic", "optimise")
 
 
@@ -118,14 +113,14 @@ def invert(
     ----------
     R-CONV (Eltaras et al., WISE 2024), sections 3 and 4; R-CONV++ (Computing 107:156, 2025).
     """
-    shape = _check_arguments(model, input_shape, prior, batch_size, dtype)
+    shape = check_arguments(model, input_shape, prior, batch_size, dtype)
     require(method in METHODS, "invert", "method", f"be one of {', '.join(METHODS)}", repr(method))
     weights = None if class_weights is None else torch.as_tensor(class_weights)
     client_loss = Loss(loss, reduction, label_smoothing, weights)
     shared = read_gradients("invert", model, gradients)
-    work = working_copy(model, _dtype_of(model))
+    work = working_copy(model, dtype_of(model))
     to_middle_weights(work, shared)
-    request = _Request(
+    request = Request(
         work,
         shared,
         shape,
@@ -165,76 +160,8 @@ def invert(
     )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What was asked, checked; the loss is that of the model's outputs."""
-
-    model: nn.Module
-    gradients: SharedGradients
-    shape: tuple[int, ...]
-    loss: Loss
-    scale: float | None
-    noise: float | Noise | None
-    grid: Grid | None
-    dtype: torch.dtype
-    prior: str | None
-    budget: Budget
-
-    def graph(self, batch_size: int) -> Graph:
-        """The model's steps for a batch of this size; one unknown step where it cannot be read."""
-        try:
-            return build_graph(self.model, self.gradients, self.shape, batch_size, self.dtype)
-        except UnsupportedModelError as error:
-            return opaque_graph(self.model, self.gradients, self.shape, batch_size, self.dtype, error.reason)
-
-    @cached_property
-    def observation(self) -> Observation:
-        """The gradients in working precision."""
-        device = next(self.model.parameters()).device
-        rounding = rounding_of(*self.gradients.values()) / 2
-        working = {name: g.detach().to(device=device, dtype=self.dtype) for name, g in self.gradients.items()}
-        noise, source = self._noise(rounding)
-        scale = self.scale if self.gradients.scale_known else None
-        return Observation(working, self.loss, noise=noise, rounding=rounding, scale=scale, source=source)
-
-    def _noise(self, rounding: float) -> tuple[Noise, str]:
-        """Given or recorded; that of coarse values; nothing for exact ones, whose noise is the arithmetic's."""
-        if self.noise is None and self.gradients.noise is None and rounding < DOUBLE:
-            return {}, self.gradients.source
-        return noise_of(self.gradients, self.noise)
-
-    @property
-    def is_rounding(self) -> bool:
-        """Whether the noise is nothing but the rounding of the values: none was stated or recorded."""
-        return self.noise is None and self.gradients.noise is None
-
-    @cached_property
-    def is_loud(self) -> bool:
-        """Whether the noise hides more than the equations' own rounding: an answer then needs error bars."""
-        seen = self.observation
-        if not seen.noise:
-            return False
-        noise2 = sum(float(seen.sigma(n).expand_as(g).square().sum()) for n, g in seen.gradients.items())
-        size2 = sum(float(g.double().square().sum()) for g in seen.gradients.values())
-        return noise2 > QUIET**2 * size2
-
-    @cached_property
-    def client(self) -> nn.Module | None:
-        """A copy in the precision the client computed in; None where that is the working precision."""
-        return working_copy(self.model, torch.float32) if _dtype_of(self.model) == torch.float32 else None
-
-    @cached_property
-    def working_model(self) -> nn.Module:
-        """A copy in working precision, to run candidates through."""
-        return working_copy(self.model, self.dtype)
-
-    def masked_model(self, graph: Graph, passed: Pass) -> nn.Module:
-        """The working model that drops what a pass found dropped."""
-        return with_masks(self.working_model, list(graph.masks(passed.values).values()))
-
-
 def _inversion(
-    request: _Request,
+    request: Request,
     batch_size: int | None,
     labels: Sequence[int] | Tensor | None,
     report: Callable[[Event], None],
@@ -253,7 +180,7 @@ def _inversion(
     return inversion, any(answer.interrupted for answer in answers)
 
 
-def _tokens(request: _Request) -> Tensor | None:
+def _tokens(request: Request) -> Tensor | None:
     """The ids that the gradients of embeddings list."""
     names = [
         f"{name}.weight".lstrip(".")
@@ -265,7 +192,7 @@ def _tokens(request: _Request) -> Tensor | None:
 
 
 def _read_head(
-    request: _Request, graph: Graph, batch_size: int | None, labels: Sequence[int] | Tensor | None
+    request: Request, graph: Graph, batch_size: int | None, labels: Sequence[int] | Tensor | None
 ) -> HeadOutcome:
     """Every reading of the last layer that its gradient allows, by the loss as one of the logits."""
     loss, observation = request.loss, request.observation
@@ -275,7 +202,7 @@ def _read_head(
     return head_candidates(graph, of_logits, batch_size, labels, request.budget)
 
 
-def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Callable[[Event], None]) -> Answer:
+def _answer(request: Request, single: Graph, head: HeadCandidate, report: Callable[[Event], None]) -> Answer:
     """The recursion from one reading of the head, polished where it nearly matches.
 
     A sample that occurs m times is solved for once, with m times its gradient: the equations are the same.
@@ -313,7 +240,7 @@ def _answer(request: _Request, single: Graph, head: HeadCandidate, report: Calla
     return _estimated(request, answer, observation, report) if observation.noise and not interrupted else answer
 
 
-def _estimated(request: _Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:
+def _estimated(request: Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:
     """The joint estimate where the gradients are noisy: the most likely inputs with their error bars."""
     graph, head = answer.graph, answer.head
     repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
@@ -360,7 +287,7 @@ def _distinct(multiplicities: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _polished(
-    request: _Request, graph: Graph, found: Found, targets: Tensor, bar: float, report: Callable[[Event], None]
+    request: Request, graph: Graph, found: Found, targets: Tensor, bar: float, report: Callable[[Event], None]
 ) -> Found:
     """An answer that nearly matches, after a few steps of gradient matching."""
     if not bar < found.mismatch < POLISH_FROM or only_input_open(graph, found.passed) or request.budget.spent:
@@ -375,30 +302,3 @@ def _polished(
     if not mismatch < found.mismatch:
         return found
     return replace(found, passed=found.passed.with_value(graph.input, better), mismatch=mismatch)
-
-
-def _check_arguments(
-    model: nn.Module,
-    input_shape: Sequence[int],
-    prior: str | None,
-    batch_size: int | None,
-    dtype: torch.dtype,
-) -> tuple[int, ...]:
-    require_type(isinstance(model, nn.Module), "invert", "model", "be a torch.nn.Module", type(model).__name__)
-    require(any(True for _ in model.parameters()), "invert", "model", "have parameters", "none")
-    sized = isinstance(input_shape, Sequence) and all(isinstance(size, int) for size in input_shape)
-    require_type(sized, "invert", "input_shape", "be a sequence of int", repr(input_shape))
-    shape = tuple(input_shape)
-    require(len(shape) >= 1 and min(shape) >= 1, "invert", "input_shape", "be one sample's shape", shape)
-    require(prior in PRIORS, "invert", "prior", f"be one of {PRIORS}", repr(prior))
-    if batch_size is not None:
-        require_type(isinstance(batch_size, int), "invert", "batch_size", "be an int", repr(batch_size))
-        require(batch_size >= 1, "invert", "batch_size", "be at least 1", batch_size)
-    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-    require_type(floating, "invert", "dtype", "be a real floating type", repr(dtype))
-    return shape
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    """Of the first floating parameter."""
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())

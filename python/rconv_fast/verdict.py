@@ -15,8 +15,8 @@ from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.joint import Estimate
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome
 from rconv_fast.observation import Match
+from rconv_fast.walk.found import Pass, features_of
 from rconv_fast.walk.graph import Graph
-from rconv_fast.walk.pass_ import Pass, features_of
 from rconv_fast.walk.report import LayerReport
 
 # Relative rounding up to which gradients count as float64's own; above, up to float32's, the arithmetic of a

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from rconv_fast.errors import require, require_type
-from rconv_fast.walk.graph import Graph, build_graph
+from rconv_fast.walk.graph import Graph
+from rconv_fast.walk.reader import build_graph
 from rconv_fast.wrappers import meta_copy
 
 

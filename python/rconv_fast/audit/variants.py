@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from rconv_fast.layers.norm import BATCH_NORMS
 from rconv_fast.layers.registry import CONVOLUTIONS
-from rconv_fast.walk.graph import trace
+from rconv_fast.walk.reader import trace
 from rconv_fast.wrappers import meta_copy
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rconv_fast.errors import UnsupportedModelError
 from rconv_fast.losses import Loss, logits_in
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
-from rconv_fast.walk.graph import Graph, build_graph
+from rconv_fast.walk.graph import Graph
+from rconv_fast.walk.reader import build_graph
 
 Parts = list[Tensor]
 Piece = Callable[[Tensor], Tensor]

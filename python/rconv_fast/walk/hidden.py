@@ -30,8 +30,8 @@ from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.problem import Convolution, Hidden, Problem
 from rconv_fast.patterns.threshold import snap
 from rconv_fast.progress import Event
+from rconv_fast.walk.found import Known, Options, Pass
 from rconv_fast.walk.graph import Graph, Step
-from rconv_fast.walk.pass_ import Known, Options, Pass
 from rconv_fast.walk.report import LayerReport
 
 # Relative misfit up to which a pattern counts as met, in roundings of the gradients, and its least.

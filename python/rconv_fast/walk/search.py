@@ -11,9 +11,10 @@ from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.patterns.pattern import Pattern
 from rconv_fast.patterns.threshold import THRESHOLD_FACTOR
 from rconv_fast.progress import Event
+from rconv_fast.walk.found import Known, Options, Pass
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.hidden import find_pattern
-from rconv_fast.walk.pass_ import Known, Options, Pass, run_pass
+from rconv_fast.walk.pass_ import run_pass
 
 # Thresholds tried, in units of the noise, when a layer's equations contradict the first choice.
 RETRY_FACTORS = (1.0, 30.0, 0.1, 300.0)

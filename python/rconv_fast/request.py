@@ -1,0 +1,123 @@
+"""What was asked of an inversion, checked; and what follows from it alone: graphs, observation, copies of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from rconv_fast.budget import Budget
+from rconv_fast.errors import UnsupportedModelError, require, require_type
+from rconv_fast.estimate import Grid, noise_of
+from rconv_fast.heads.head import rounding_of
+from rconv_fast.layers.dropout import with_masks
+from rconv_fast.losses import Loss
+from rconv_fast.observation import Noise, Observation, SharedGradients
+from rconv_fast.solve import PRIORS
+from rconv_fast.verdict import DOUBLE
+from rconv_fast.walk.found import Pass
+from rconv_fast.walk.graph import Graph
+from rconv_fast.walk.reader import build_graph, opaque_graph
+from rconv_fast.wrappers import working_copy
+
+# Noise below this share of the gradients leaves the equations true enough to be solved one layer after the other.
+QUIET = 1e-6
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked, checked; the loss is that of the model's outputs."""
+
+    model: nn.Module
+    gradients: SharedGradients
+    shape: tuple[int, ...]
+    loss: Loss
+    scale: float | None
+    noise: float | Noise | None
+    grid: Grid | None
+    dtype: torch.dtype
+    prior: str | None
+    budget: Budget
+
+    def graph(self, batch_size: int) -> Graph:
+        """The model's steps for a batch of this size; one unknown step where it cannot be read."""
+        try:
+            return build_graph(self.model, self.gradients, self.shape, batch_size, self.dtype)
+        except UnsupportedModelError as error:
+            return opaque_graph(self.model, self.gradients, self.shape, batch_size, self.dtype, error.reason)
+
+    @cached_property
+    def observation(self) -> Observation:
+        """The gradients in working precision."""
+        device = next(self.model.parameters()).device
+        rounding = rounding_of(*self.gradients.values()) / 2
+        working = {name: g.detach().to(device=device, dtype=self.dtype) for name, g in self.gradients.items()}
+        noise, source = self._noise(rounding)
+        scale = self.scale if self.gradients.scale_known else None
+        return Observation(working, self.loss, noise=noise, rounding=rounding, scale=scale, source=source)
+
+    def _noise(self, rounding: float) -> tuple[Noise, str]:
+        """Given or recorded; that of coarse values; nothing for exact ones, whose noise is the arithmetic's."""
+        if self.noise is None and self.gradients.noise is None and rounding < DOUBLE:
+            return {}, self.gradients.source
+        return noise_of(self.gradients, self.noise)
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether the noise is nothing but the rounding of the values: none was stated or recorded."""
+        return self.noise is None and self.gradients.noise is None
+
+    @cached_property
+    def is_loud(self) -> bool:
+        """Whether the noise hides more than the equations' own rounding: an answer then needs error bars."""
+        seen = self.observation
+        if not seen.noise:
+            return False
+        noise2 = sum(float(seen.sigma(n).expand_as(g).square().sum()) for n, g in seen.gradients.items())
+        size2 = sum(float(g.double().square().sum()) for g in seen.gradients.values())
+        return noise2 > QUIET**2 * size2
+
+    @cached_property
+    def client(self) -> nn.Module | None:
+        """A copy in the precision the client computed in; None where that is the working precision."""
+        return working_copy(self.model, torch.float32) if dtype_of(self.model) == torch.float32 else None
+
+    @cached_property
+    def working_model(self) -> nn.Module:
+        """A copy in working precision, to run candidates through."""
+        return working_copy(self.model, self.dtype)
+
+    def masked_model(self, graph: Graph, passed: Pass) -> nn.Module:
+        """The working model that drops what a pass found dropped."""
+        return with_masks(self.working_model, list(graph.masks(passed.values).values()))
+
+
+def check_arguments(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    prior: str | None,
+    batch_size: int | None,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    """One sample's shape, once the arguments of `invert` are found to be of their kinds."""
+    require_type(isinstance(model, nn.Module), "invert", "model", "be a torch.nn.Module", type(model).__name__)
+    require(any(True for _ in model.parameters()), "invert", "model", "have parameters", "none")
+    sized = isinstance(input_shape, Sequence) and all(isinstance(size, int) for size in input_shape)
+    require_type(sized, "invert", "input_shape", "be a sequence of int", repr(input_shape))
+    shape = tuple(input_shape)
+    require(len(shape) >= 1 and min(shape) >= 1, "invert", "input_shape", "be one sample's shape", shape)
+    require(prior in PRIORS, "invert", "prior", f"be one of {PRIORS}", repr(prior))
+    if batch_size is not None:
+        require_type(isinstance(batch_size, int), "invert", "batch_size", "be an int", repr(batch_size))
+        require(batch_size >= 1, "invert", "batch_size", "be at least 1", batch_size)
+    floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    require_type(floating, "invert", "dtype", "be a real floating type", repr(dtype))
+    return shape
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the first floating parameter."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
