@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +13,10 @@ from torch import Tensor, nn
 
 from attacks import Attack, assert_recovered, attack, gradients_of, photo, some_labels
 from rconv_fast import Inversion, invert
+from rconv_fast.heads.candidates import head_candidates
+from rconv_fast.losses import Loss
+from rconv_fast.observation import Observation
+from rconv_fast.walk.reader import build_graph
 
 BCE = F.binary_cross_entropy_with_logits
 SIZE = 12
@@ -57,6 +63,21 @@ def test_of_an_odd_network_both_answers_are_named(activation: Callable[[], nn.Mo
     result = result_of(model, photo(SIZE), y, BCE, "binary_cross_entropy_with_logits")
     assert not result.verified
     assert any("another reading of the head reproduces the gradients" in note for note in result.notes)
+
+
+def test_readings_that_were_not_followed_could_be_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, model = importlib.import_module("rconv_fast.invert"), network()
+    shared = gradients_of(model, photo(SIZE))
+    assert invert(model, shared, (3, SIZE, SIZE)).verified
+    graph = build_graph(model, shared, (3, SIZE, SIZE), 1)
+    outcome = head_candidates(graph, Observation(shared, Loss()))
+    twice = replace(outcome, candidates=outcome.candidates * 2)
+    monkeypatch.setattr(module, "head_candidates", lambda *_: twice)
+    assert invert(model, shared, (3, SIZE, SIZE)).verified, "the second reading leads to the same answer"
+    monkeypatch.setattr(module, "MAX_READINGS", 1)
+    result = invert(model, shared, (3, SIZE, SIZE))
+    assert not result.verified
+    assert any("not followed to their end" in note for note in result.notes)
 
 
 def test_coarse_gradients_are_no_proof() -> None:

@@ -15,7 +15,7 @@ from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.joint import Estimate
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome
 from rconv_fast.observation import Match
-from rconv_fast.walk.found import Pass, features_of
+from rconv_fast.walk.found import INTERRUPTED, OUT_OF_TIME, Pass, features_of
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.report import LayerReport
 
@@ -245,6 +245,12 @@ class Answer:
         return self.passed.values.get(self.graph.input)
 
     @property
+    def decided(self) -> bool:
+        """Whether it says that this reading leads to an answer or that it leads to none."""
+        stop = self.passed.stop
+        return self.match is not None or stop is None or stop.reason not in (INTERRUPTED, OUT_OF_TIME)
+
+    @property
     def relative(self) -> float:
         """The relative mismatch, infinite where there are no inputs."""
         return math.inf if self.match is None else self.match.relative
@@ -279,7 +285,8 @@ def conclude(
         )
     best = min(answers, key=lambda answer: answer.relative)
     rivals = [other for other in answers if other.good and other is not best and not _same(best, other)]
-    return _of_answer(best, rivals if best.good else [], outcome, tokens, prior)
+    untried = len(outcome.candidates) - sum(answer.decided for answer in answers)
+    return _of_answer(best, rivals if best.good else [], untried, outcome, tokens, prior)
 
 
 def _same(first: Answer, second: Answer) -> bool:
@@ -289,7 +296,12 @@ def _same(first: Answer, second: Answer) -> bool:
 
 
 def _of_answer(
-    best: Answer, rivals: Sequence[Answer], outcome: HeadOutcome, tokens: Tensor | None, prior: str | None
+    best: Answer,
+    rivals: Sequence[Answer],
+    untried: int,
+    outcome: HeadOutcome,
+    tokens: Tensor | None,
+    prior: str | None,
 ) -> Inversion:
     inputs, passed, head = best.inputs, best.passed, best.head
     reports = list(passed.reports.values())
@@ -303,10 +315,14 @@ def _of_answer(
         closed = determined is not None and bool(determined.all()) and _sharp(best.estimate)
     elif best.loud:
         closed = False
-    verified = best.good and closed and head.complete and not rivals
+    verified = best.good and closed and head.complete and not rivals and not untried
     if rivals:
         others = "; ".join(f"labels {r.head.labels.tolist()}" for r in rivals)
         notes.append(f"another reading of the head reproduces the gradients too ({others}): give labels= to decide")
+    if untried and best.good:
+        notes.append(
+            f"{untried} reading(s) of the head were not followed to their end: allow more time, or give labels="
+        )
     if inputs is not None and not verified:
         notes += _why_not(best, reports)
     verdict = _verdict(best, determined, verified)

@@ -15,8 +15,8 @@ from rconv_fast.walk.report import LayerReport
 
 Progress = Callable[[Event], None]
 
-# The reason of a stop by Ctrl-C.
-INTERRUPTED = "an interrupt"
+# The reasons of a stop by Ctrl-C and by the budget.
+INTERRUPTED, OUT_OF_TIME = "an interrupt", "the time limit"
 
 
 @dataclass(frozen=True)

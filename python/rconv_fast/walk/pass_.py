@@ -37,7 +37,7 @@ from rconv_fast.solve import (
 )
 from rconv_fast.solve.krylov import InterruptedSolve
 from rconv_fast.walk.bounds import flat_rows
-from rconv_fast.walk.found import INTERRUPTED, Contradiction, Known, Options, Pass, Stop
+from rconv_fast.walk.found import INTERRUPTED, OUT_OF_TIME, Contradiction, Known, Options, Pass, Stop
 from rconv_fast.walk.graph import Graph, Step
 from rconv_fast.walk.report import LayerReport
 
@@ -124,7 +124,7 @@ class _Recursion:
         if not self.graph.consumers[step.name]:
             return
         if self.options.budget.spent:
-            raise _Halt(Stop(step.name, self._layer_of(step)[0], "the time limit"))
+            raise _Halt(Stop(step.name, self._layer_of(step)[0], OUT_OF_TIME))
         gradient = self._gradient(step)
         if gradient is not None:
             self.grads[step.name] = gradient
