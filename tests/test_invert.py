@@ -352,6 +352,7 @@ def test_the_report_of_a_result() -> None:
     assert [layer.unknowns for layer in result.layers] == [24 * 36, 3 * 144]
     assert [(s.label, s.multiplicity, s.status) for s in result.samples] == [(1, 1, "exact")]
     assert result.samples[0].certificate < 1e-9
+    assert result.samples[0].error < 1e-10
     assert result.verdict == "exact"
     assert set(result.features) == {"5", "2", "0"}
     assert result.determined.dtype == torch.bool

@@ -253,3 +253,20 @@ def test_loud_noise_is_verified_with_error_bars_only(batch_size: int | None, mon
     assert result.verdict == "approximate"
     coarse = {name: g.bfloat16() for name, g in shared.items()}
     assert not invert(model, coarse, (3, SIZE, SIZE), batch_size=batch_size).verified
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_samples_that_are_certified_one_by_one_are_not_lost_with_the_others(dtype: torch.dtype) -> None:
+    """More samples than neurons that show one alone: some are taken out of the batch exactly, the others stay mixed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 100), nn.ReLU(), nn.Linear(100, 10)).to(dtype)
+    x, y = torch.rand(32, 3, 8, 8, dtype=dtype), torch.randint(0, 10, (32,))
+    result = invert(model, gradients_of(model, x, y), x.shape[1:], batch_size=32)
+    assert not result.verified
+    assert result.verdict == "partial"
+    assert 0 < len(result.inputs) < 32
+    assert {sample.status for sample in result.samples} == {"exact"}
+    gaps = torch.cdist(result.inputs.flatten(1).double(), x.flatten(1).double()).min(dim=1)
+    assert float(gaps.values.max()) < 1e-3 * float(x.double().flatten(1).norm(dim=1).min())
+    assert torch.equal(result.labels, y[gaps.indices])
+    assert result.batch_size == 32

@@ -171,7 +171,7 @@ def _inversion(
     outcome = _read_head(request, single, batch_size, labels)
     answers: list[Answer] = []
     for head in outcome.candidates[:MAX_READINGS]:
-        answers.append(_answer(request, single, head, report))
+        answers.append(_answer(request, single, head, outcome.batch_size, report))
         if answers[-1].interrupted:
             break
     inversion = conclude(single, outcome, answers, _tokens(request), request.prior)
@@ -202,7 +202,9 @@ def _read_head(
     return head_candidates(graph, of_logits, batch_size, labels, request.budget)
 
 
-def _answer(request: Request, single: Graph, head: HeadCandidate, report: Callable[[Event], None]) -> Answer:
+def _answer(
+    request: Request, single: Graph, head: HeadCandidate, batch_size: int | None, report: Callable[[Event], None]
+) -> Answer:
     """The recursion from one reading of the head, polished where it nearly matches.
 
     A sample that occurs m times is solved for once, with m times its gradient: the equations are the same.
@@ -223,7 +225,10 @@ def _answer(request: Request, single: Graph, head: HeadCandidate, report: Callab
     def mismatch(passed: Pass) -> float:
         return compare(passed.repeated(index)).relative
 
-    if request.is_loud and not request.is_rounding:  # no equation holds exactly: the joint estimate goes first
+    whole = batch_size in (None, len(head.labels))  # else no answer can match all gradients
+    if (
+        whole and request.is_loud and not request.is_rounding
+    ):  # no equation holds exactly: the joint estimate goes first
         start = Answer(head, graph, Pass(known.values, {}).repeated(index), None, False, request.is_loud)
         estimated = _estimated(request, start, observation, report)
         if estimated.good or (estimated.estimate is not None and request.budget.spent):
@@ -237,7 +242,8 @@ def _answer(request: Request, single: Graph, head: HeadCandidate, report: Callab
     stop = found.passed.stop
     interrupted = stop is not None and stop.reason == INTERRUPTED
     answer = Answer(head, graph, found.passed, match, good, request.is_loud, interrupted)
-    return _estimated(request, answer, observation, report) if observation.noise and not interrupted else answer
+    noisy = whole and bool(observation.noise) and not interrupted
+    return _estimated(request, answer, observation, report) if noisy else answer
 
 
 def _estimated(request: Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:

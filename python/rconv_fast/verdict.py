@@ -52,7 +52,7 @@ class Sample:
     status : {"exact", "approximate", "features"}
         Proven up to the noise, with error bars only, or known only as features of the last layers.
     error : float
-        Predicted root mean square error of its input values (inf where open).
+        Predicted root mean square error of its input values, from error bars or from rounding (inf where open).
     """
 
     label: object
@@ -245,6 +245,12 @@ class Answer:
         return self.passed.values.get(self.graph.input)
 
     @property
+    def certified(self) -> bool:
+        """Whether its inputs are samples that the head certified one by one, right whatever else the batch holds."""
+        nothing_solved = not self.passed.reports and self.estimate is None and not self.loud
+        return self.inputs is not None and nothing_solved and self.head.spare > 0
+
+    @property
     def decided(self) -> bool:
         """Whether it says that this reading leads to an answer or that it leads to none."""
         stop = self.passed.stop
@@ -329,7 +335,7 @@ def _of_answer(
     if verdict == "features" and inputs is not None:
         inputs = determined = None
         notes.append("no picture is shown: the one found neither matches the gradients nor has a proven value")
-    status = {"exact": "exact", "approximate": "approximate"}.get(verdict, "features")
+    status = "exact" if best.certified else {"exact": "exact", "approximate": "approximate"}.get(verdict, "features")
     stop = passed.stop
     return Inversion(
         verdict=verdict,
@@ -386,6 +392,8 @@ def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
 
 def _why_not(best: Answer, reports: Sequence[LayerReport]) -> list[str]:
     """What kept a right answer from being verified, and what to do."""
+    if best.certified and not best.good:
+        return ["each sample that is shown has a certificate of its own; the rest of the batch is not known"]
     if not best.good:
         times = f", {best.noise_ratio:.1f} times the noise" if math.isfinite(best.noise_ratio) else ""
         miss = f"the inputs miss the gradients by {best.relative:.1e}{times}"
@@ -418,6 +426,8 @@ def _verdict(best: Answer, determined: Tensor | None, verified: bool) -> str:
         return "features"
     if verified:
         return "exact"
+    if best.certified and not best.good:
+        return "partial"
     if bool(determined.any()) and not bool(determined.all()):
         return "partial"
     close = best.relative < COARSE or (best.estimate is not None and best.good)
@@ -426,7 +436,7 @@ def _verdict(best: Answer, determined: Tensor | None, verified: bool) -> str:
 
 def _samples(best: Answer, status: str) -> list[Sample]:
     found, head = best.estimate, best.head
-    errors = [math.inf] * len(head.certificates)
+    errors = [_exact_error(best, index) if status == "exact" else math.inf for index in range(len(head.certificates))]
     if found is not None:
         errors = found.uncertainty.flatten(1).square().mean(1).sqrt().tolist()
     rows = zip(head.certificates, head.multiplicities, errors, strict=True)
@@ -434,6 +444,14 @@ def _samples(best: Answer, status: str) -> list[Sample]:
         Sample(label_of(head.labels, index), float(certificate), int(times), status, error)
         for index, (certificate, times, error) in enumerate(rows)
     ]
+
+
+def _exact_error(best: Answer, index: int) -> float:
+    """What rounding leaves, to first order: the mismatch times the worst condition of a layer, of the input's size."""
+    assert best.inputs is not None
+    conditions = [report.condition for report in best.passed.reports.values() if math.isfinite(report.condition)]
+    mismatch = best.relative if best.good else float(best.head.certificates[index])
+    return mismatch * max([1.0, *conditions]) * float(best.inputs[index].square().mean().sqrt())
 
 
 def _counts(best: Answer) -> Tensor | None:

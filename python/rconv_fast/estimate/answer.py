@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
+from rconv_fast.errors import LinAlgError
 from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.joint import Estimate, estimate
@@ -61,7 +62,7 @@ def joint_answer(
     Returns
     -------
     Estimate or None
-        None where there is no start, or the input has more values than `DENSE_UP_TO`.
+        None where there is no start, where something is wholly open, or the input has more values than `DENSE_UP_TO`.
     """
     if shape.numel() > DENSE_UP_TO:
         return None
@@ -69,14 +70,24 @@ def joint_answer(
     problem = GradientMap.read(
         model, observation.loss, targets, observation.gradients, sigma, shape, observation.factor
     )
-    proposed = [inputs] if good else [noisy_start(problem, known, budget), inputs]
+    proposed = [inputs] if good else [_start(problem, known, budget), inputs]
     starts = [start for start in proposed if start is not None]
     if not starts:
         return None
     start = starts[0] if len(starts) == 1 else min(starts, key=problem.chi2)
     if measure and client is not None:
         observation = _with_arithmetic(observation, model, client, start, targets)
-    return estimate(model, observation, start, targets, free_scale=free_scale, client=client, budget=budget)
+    try:
+        return estimate(model, observation, start, targets, free_scale=free_scale, client=client, budget=budget)
+    except LinAlgError:  # something is wholly open, so that there is no information matrix to work with
+        return None
+
+
+def _start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budget) -> Tensor | None:
+    try:
+        return noisy_start(problem, known, budget)
+    except LinAlgError:  # samples of which the gradient holds a sum only
+        return None
 
 
 def _with_arithmetic(

@@ -185,7 +185,7 @@ class _Fit:
         inside = solved[: m * basis.shape[1]].reshape(m, -1) @ basis.mT
         outside = point.residual[:, :d] - point.residual[:, :d] @ basis @ basis.mT
         gram = point.delta @ point.delta.mT
-        inside = inside + torch.linalg.solve(gram, point.delta @ outside)
+        inside = inside + torch.linalg.pinv(gram, hermitian=True) @ point.delta @ outside
         return inside, float(solved[-1]) if self.free_scale else 0.0
 
     def errors(self, point: _Point) -> Tensor:
@@ -197,7 +197,7 @@ class _Fit:
         t2 = self.t[:d].square()
         metric = basis.mT @ (t2[:, None] * basis)
         inside = (covariance.diagonal(dim1=0, dim2=2).permute(2, 0, 1) * metric).sum((1, 2))
-        gram = torch.linalg.inv(point.delta @ point.delta.mT).diagonal()
+        gram = torch.linalg.pinv(point.delta @ point.delta.mT, hermitian=True).diagonal()
         outside = gram * (t2.sum() - metric.diagonal().sum()).clamp_min(0)
         errors: Tensor = (inside + outside).clamp_min(0).sqrt() / (point.x * self.t[:d]).norm(dim=1)
         return errors
