@@ -270,3 +270,12 @@ def test_samples_that_are_certified_one_by_one_are_not_lost_with_the_others(dtyp
     assert float(gaps.values.max()) < 1e-3 * float(x.double().flatten(1).norm(dim=1).min())
     assert torch.equal(result.labels, y[gaps.indices])
     assert result.batch_size == 32
+
+
+def test_hidden_values_that_nothing_reads_leave_nothing_open() -> None:
+    """A pointwise convolution of stride 2 reads a quarter of its input: the rest passes no gradient back."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 48, 3, 1, 1), nn.ReLU(), nn.Conv2d(48, 64, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 36, 10)
+    )  # fmt: skip
+    assert_recovered(model, photo(SIZE))

@@ -173,9 +173,13 @@ def fits(chi2: float, dof: int) -> bool:
     return dof > 0 and math.isfinite(chi2) and chi2 <= dof + DEVIATIONS * math.sqrt(2 * dof)
 
 
-def proven(reports: Sequence[LayerReport]) -> bool:
-    """Whether every layer's claim to be determined has a proof; a probe alone is none without rows to spare."""
-    return all(r.proof != "none" and (r.proof != "probe" or r.rows > r.unknowns) for r in reports)
+def unproven(passed: Pass) -> list[str]:
+    """The layers whose claim has no proof; a probe alone is none without more rows than values it calls determined."""
+    return [
+        report.name
+        for name, report in passed.reports.items()
+        if report.proof == "none" or (report.proof == "probe" and report.rows <= int(passed.determined[name].sum()))
+    ]
 
 
 def same_answer(first: Tensor, second: Tensor) -> bool:
@@ -315,7 +319,7 @@ def _of_answer(
     if outcome.reason and outcome.reason not in notes:
         notes.append(f"{outcome.stops_at}: {outcome.reason}")
     determined = None if inputs is None else _determined(best, notes, prior)
-    closed = determined is not None and bool(determined.all()) and proven(reports) and _consistent(reports)
+    closed = determined is not None and bool(determined.all()) and not unproven(passed) and _consistent(reports)
     closed = closed and passed.open <= {best.graph.input}
     if best.estimate is not None:
         closed = determined is not None and bool(determined.all()) and _sharp(best.estimate)
@@ -405,8 +409,8 @@ def _why_not(best: Answer, reports: Sequence[LayerReport]) -> list[str]:
         return [f"no error bars could be had, so what this noise hides is not known; they need {needs}"]
     if not _consistent(reports):
         return ["the equations of a layer contradict each other, so the match alone proves nothing"]
-    unproven = [r.name for r in reports if not proven([r])]
-    return [f"nothing proves that {', '.join(unproven)} have no other input"] if unproven else []
+    claims = unproven(best.passed)
+    return [f"nothing proves that {', '.join(claims)} have no other input"] if claims else []
 
 
 def _sharp(estimate: Estimate) -> bool:

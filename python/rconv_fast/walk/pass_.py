@@ -299,9 +299,14 @@ class _Recursion:
             best = apply_prior(system, best, self.options.prior, inequalities, budget=self.options.budget)
         self.values[step.name] = best.x.reshape(step.shape)
         self.determined[step.name] = best.determined.reshape(step.shape)
-        if not _is_fixed(step, best):
+        if not _is_fixed(step, best) and self._matters(step):
             self.open.add(step.name)
         self.reports[step.name] = LayerReport(label, kind, best.evidence, time.perf_counter() - start)
+
+    def _matters(self, step: Step) -> bool:
+        """Whether a layer before needs what is open: values that pass no gradient back are in no equation there."""
+        unknown = ~self.determined[step.name]
+        return step.name == self.graph.input or bool(self.grads[step.name][unknown].any())
 
     def _interrupted(self, step: Step, interrupt: KeyboardInterrupt) -> Stop:
         """Ctrl-C: the iterate of the solve that was under way is kept, as not determined."""
