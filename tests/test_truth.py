@@ -55,6 +55,22 @@ def test_a_mixture_behind_a_logit_without_bias_is_no_sample(batch: int) -> None:
     assert not result_of(model, x, y, BCE, "binary_cross_entropy_with_logits").verified
 
 
+def test_one_sample_behind_one_logit_is_proven_where_batch_size_says_so() -> None:
+    """All readings are tried: behind layers with biases only one of them leads to an input."""
+    model, y = network(1, nn.LeakyReLU), torch.ones(1, 1, dtype=torch.float64)
+    model[5] = nn.Linear(48 * 36, 1, bias=False).double()
+    shared = gradients_of(model, photo(SIZE), y, BCE)
+    options = {"loss": "binary_cross_entropy_with_logits"}
+    assert not invert(model, shared, (3, SIZE, SIZE), **options).verified
+    done = Attack(invert(model, shared, (3, SIZE, SIZE), batch_size=1, **options), photo(SIZE))
+    assert done.result.verified
+    assert done.psnr > 150
+    assert any("as batch_size says" in note for note in done.result.notes)
+    odd = network(1, nn.Tanh, bias=False)
+    both = invert(odd, gradients_of(odd, photo(SIZE), y, BCE), (3, SIZE, SIZE), batch_size=1, **options)
+    assert not both.verified, "the other sign is one sample as well"
+
+
 @pytest.mark.parametrize("label", [0.0, 1.0])
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.Identity, nn.Softsign])
 def test_of_an_odd_network_both_answers_are_named(activation: Callable[[], nn.Module], label: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -159,7 +159,13 @@ def _reading_outcome(
         return HeadOutcome((), batch_size, None, step.label, reason)
     activations = graph.activations(step.inputs[0])
     possible = [r for r in agreeing if activations is None or _in_range(r.inputs, activations)] or agreeing
-    candidates = tuple(_candidate({step.inputs[0]: r.inputs}, r) for r in possible)
+    notes = []
+    if batch_size == 1 and any(r.spare <= 0 for r in possible):
+        possible = [replace(r, complete=True, reason="") if r.spare <= 0 else r for r in possible]
+        notes = [
+            "one sample, as batch_size says: the gradient of one output could not tell it from a mixture of several"
+        ]
+    candidates = tuple(_candidate({step.inputs[0]: r.inputs}, r, notes) for r in possible)
     reason = "" if any(c.complete for c in candidates) else possible[0].reason
     return HeadOutcome(candidates, possible[0].batch_size, None, step.label if reason else "", reason)
 
