@@ -305,8 +305,8 @@ class _Recursion:
 
     def _matters(self, step: Step) -> bool:
         """Whether a layer before needs what is open: values that pass no gradient back are in no equation there."""
-        unknown = ~self.determined[step.name]
-        return step.name == self.graph.input or bool(self.grads[step.name][unknown].any())
+        unknown, grad = ~self.determined[step.name], self.grads.get(step.name)
+        return step.name == self.graph.input or grad is None or bool(grad[unknown].any())
 
     def _interrupted(self, step: Step, interrupt: KeyboardInterrupt) -> Stop:
         """Ctrl-C: the iterate of the solve that was under way is kept, as not determined."""
