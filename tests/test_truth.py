@@ -295,3 +295,18 @@ def test_hidden_values_that_nothing_reads_leave_nothing_open() -> None:
         nn.Conv2d(3, 48, 3, 1, 1), nn.ReLU(), nn.Conv2d(48, 64, 1, 2), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 36, 10)
     )  # fmt: skip
     assert_recovered(model, photo(SIZE))
+
+
+def test_a_reading_that_kills_the_first_layer_leaves_the_input_open() -> None:
+    """Behind one logit without bias -x is a reading, too; there no filter of the first layer passes a gradient."""
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Conv2d(1, 12, 3, 2, 1, bias=False, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(12, 24, 1),
+        nn.Flatten(), nn.Linear(24 * 25, 1, bias=False),
+    ).double()  # fmt: skip
+    x, y = photo(10, 1, 1), torch.tensor([[0.0]], dtype=torch.float64)
+    shared = gradients_of(model, x, y, F.binary_cross_entropy_with_logits)
+    result = invert(model, shared, x.shape[1:], loss="binary_cross_entropy_with_logits")
+    assert not result.verified
+    assert any("left over to prove this reading" in note for note in result.notes)
+    assert float((result.inputs - x).abs().max()) < 1e-6

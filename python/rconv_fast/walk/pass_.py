@@ -323,7 +323,7 @@ class _Recursion:
         shape = _with_positions(step.shape)
         rows = [rows for rows in equations if not isinstance(rows, NormalisedConv)]
         norms = tuple(rows for rows in equations if isinstance(rows, NormalisedConv))
-        if known is not None and bool((known.weight > 0).any()):
+        if known is not None and (not equations or bool((known.weight > 0).any())):  # without any: all is open
             rows = [*rows, PointRows.create(known.value.reshape(shape), known.weight.reshape(shape))]
         support = step.rule.support if isinstance(step.rule, RearrangeRule) else None
         support = None if support is None or bool(support.all()) else support.reshape(shape)
