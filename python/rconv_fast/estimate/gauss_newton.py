@@ -47,7 +47,10 @@ def conjugate_gradients(
     while count < most and gamma > tolerance**2 * start:
         count += 1
         q = at.normal(p)
-        alpha = gamma / float((p * q).sum())
+        curvature = float((p * q).sum())
+        if not curvature > 0:  # the gradients do not see this direction
+            break
+        alpha = gamma / curvature
         d += alpha * p
         r -= alpha * q
         z = precondition(r)
