@@ -63,10 +63,21 @@ def test_flat_backgrounds_tie_as_in_torch() -> None:
     assert_recovered(NETWORKS["ReLU, then pool"](), digit())
 
 
-def test_float32_gradients_are_certified_to_their_own_precision() -> None:
-    done: Attack = attack(NETWORKS["ReLU, then pool"](), GREY.float(), torch.tensor([1]))
+@pytest.mark.parametrize("x", [GREY, digit()], ids=["photo", "flat background"])
+def test_float32_gradients_are_certified_to_their_own_precision(x: Tensor) -> None:
+    done: Attack = attack(NETWORKS["ReLU, then pool"](), x.float(), torch.tensor([1]))
     assert done.result.verified, done.result.summary()
     assert done.psnr > 90
+
+
+def test_a_search_that_nobody_limits_ends_by_itself_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = NETWORKS["ReLU, then pool"]().double()
+    monkeypatch.setattr("rconv_fast.walk.hidden.SEARCH_SECONDS", 0.003)
+    result = attack(model, GREY).result
+    assert not result.verified
+    assert "time_limit=" in result.reason
+    monkeypatch.setattr("rconv_fast.walk.hidden.SEARCH_SECONDS", 1e-6)
+    assert "one step" in attack(model, GREY).result.reason
 
 
 class Functional(nn.Module):

@@ -30,6 +30,11 @@ class Budget:
         return max(0.0, self.end - time.monotonic())
 
     @property
+    def is_limited(self) -> bool:
+        """Whether anybody set a limit."""
+        return math.isfinite(self.end)
+
+    @property
     def spent(self) -> bool:
         """Whether it is over."""
         return time.monotonic() >= self.end

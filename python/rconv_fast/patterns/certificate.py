@@ -12,11 +12,12 @@ from rconv_fast.solve import Solution, solve
 
 @dataclass(frozen=True)
 class Certified:
-    """A pattern that is right, the input that proves it, and its solve."""
+    """A pattern that is right, the input that proves it, its solve, and by how much it misses what was seen."""
 
     x: Tensor
     pattern: Tensor
     solution: Solution
+    misfit: float
 
 
 def certify(problem: Problem, pattern: Tensor) -> Certified | None:
@@ -30,8 +31,12 @@ def certify(problem: Problem, pattern: Tensor) -> Certified | None:
     solution = solve(system)
     if not bool(solution.determined.all()):
         return None
-    x = solution.x
+    misfit = misfit_of(problem, solution.x)
+    return Certified(solution.x, pattern, solution, misfit) if misfit <= problem.tolerance else None
+
+
+def misfit_of(problem: Problem, x: Tensor) -> float:
+    """The larger of the relative mismatches of values and gradients, by a forward run of x."""
     o = problem.convolution.output(x)
     seen_again = problem.hidden.tight(problem.hidden.choose(o))
-    worst = max(problem.hidden.misfit(o), problem.gradient_misfit(x, seen_again))
-    return Certified(x, pattern, solution) if worst <= problem.tolerance else None
+    return max(problem.hidden.misfit(o), problem.gradient_misfit(x, seen_again))

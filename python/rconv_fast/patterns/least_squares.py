@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.patterns.problem import Convolution, Reading
+from rconv_fast.solve.dense import FLOPS_A_SECOND
 from rconv_fast.solve.phases.gram import input_gram
 
 # Unknowns, and products of two weights at all outputs, up to which the whole normal matrix is formed and factored: less
@@ -59,6 +60,12 @@ class WeightedSolver:
         if math.prod(c.shape) <= MAX_DENSE and self._products <= MAX_PRODUCTS:
             return self._dense(gram, reading.weight, rhs, size)
         return self._iterate(gram, reading.weight, rhs, value_diagonal, start)
+
+    @property
+    def seconds(self) -> float:
+        """What one solve takes at least: the factor of the gradient rows' matrix, ``(B n)^3 / 3`` a group."""
+        g = self.convolution.geometry
+        return g.groups * (self.convolution.batch * g.n_input) ** 3 / 3 / FLOPS_A_SECOND
 
     @property
     def _products(self) -> int:

@@ -26,6 +26,7 @@ from rconv_fast.patterns.alternation import DESCENT, GENTLE, SHARP, SOFT, Schedu
 from rconv_fast.patterns.averages import Averages, pack
 from rconv_fast.patterns.branches import Branches
 from rconv_fast.patterns.certificate import Certified, certify
+from rconv_fast.patterns.least_squares import WeightedSolver
 from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.problem import Convolution, Hidden, Problem
 from rconv_fast.patterns.threshold import snap
@@ -36,12 +37,12 @@ from rconv_fast.walk.report import LayerReport
 
 # Relative misfit up to which a pattern counts as met, in roundings of the gradients, and its least.
 TOLERANCE, LEAST_TOLERANCE = 1e3, 1e-10
-# Outputs this near, in units of that tolerance, are equal.
-TIE = 0.1
+# Outputs this near, in units of the largest miss of a known maximum, are equal; at least in units of the tolerance.
+TIE, LEAST_TIE = 2.0, 0.1
 # Gradients behind an average over all positions are this even.
 EVEN = 1e-6
-# Longest search of a packing.
-PACKING_SECONDS = 60.0
+# Longest search of one pattern where nobody set a limit.
+SEARCH_SECONDS = 60.0
 SCHEDULES = (SHARP, SOFT, DESCENT, GENTLE)
 
 
@@ -104,15 +105,19 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
         few = f"{system.count} equations for {system.unknowns} unknowns"
         return Outcome(reason=f"{rule.kind}, where {few} prove no pattern")
     start = time.perf_counter()
+    budget = options.budget if options.budget.is_limited else options.budget.at_most(SEARCH_SECONDS)
+    if (least := WeightedSolver(problem.convolution).seconds) > budget.left:
+        return Outcome(reason=f"{rule.kind}, where one step of a search takes {least:.0f} s: time_limit= allows it")
     for name, propose in _proposals(problem, chain):
         options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} ({name})"))
-        found, steps = propose(options.budget)
+        found, steps = propose(budget)
         seconds = time.perf_counter() - start
         if found is not None:
             return _outcome(graph, chain, problem, found, f"{name}, {steps}, {seconds:.1f} s", seconds)
-        if options.budget.spent:
+        if budget.spent:
             break
-    return Outcome(reason=f"{rule.kind}, of which no pattern was found")
+    within = f" in {seconds:.0f} s: time_limit= allows more" if budget.spent else ""
+    return Outcome(reason=f"{rule.kind}, of which no pattern was found{within}")
 
 
 Proposal = Callable[[Budget], "tuple[Certified | None, str]"]
@@ -139,7 +144,7 @@ def _packed(problem: Problem, chain: _Chain, budget: Budget) -> tuple[Certified 
     grad_bias = made_by.grad_bias if isinstance(made_by, ConvRule | AffineRule) else None
     if grad_bias is None:
         return None, ""
-    pattern, programs = pack(problem.convolution, problem.hidden, grad_bias, budget.at_most(PACKING_SECONDS))
+    pattern, programs = pack(problem.convolution, problem.hidden, grad_bias, budget)
     return None if pattern is None else certify(problem, pattern), f"{programs} linear programs"
 
 
@@ -151,7 +156,9 @@ def _outcome(graph: Graph, chain: _Chain, problem: Problem, found: Certified, ho
     with torch.no_grad():
         for step in (chain.conv, *chain.between, chain.hidden):
             values[step.name] = x = step.forward(x)
-    pieces = problem.hidden.pieces(problem.convolution.output(found.x), TIE * problem.tolerance)
+    o = problem.convolution.output(found.x)
+    miss = float(problem.hidden.residual(o, found.pattern).abs().max() / o.abs().max())
+    pieces = problem.hidden.pieces(o, max(TIE * miss, LEAST_TIE * LEAST_TOLERANCE))
     evidence = replace(found.solution.evidence, proof="pattern")
     report = LayerReport(chain.conv.label, chain.conv.rule.kind, evidence, seconds, how)
     return Outcome(
@@ -294,7 +301,7 @@ def _maxima(
         activations.append(consumer.rule.activation)
     floor = max(map(_floor, activations), default=math.inf)
     value, grad, alive = (t.flatten(2) for t in (known.value, grad, known.weight > 0))
-    return Maxima.create(rule.windows, value, grad, alive, floor, TIE * tolerance)
+    return Maxima.create(rule.windows, value, grad, alive, floor, LEAST_TIE * tolerance)
 
 
 def _floor(activation: Activation) -> float:
