@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rconv_fast.heads import HeadOutcome, head_candidates, separate_softmax_batch
 from rconv_fast.heads.counts import label_counts
 from rconv_fast.heads.head import Head
+from rconv_fast.heads.other_loss import other_loss
 from rconv_fast.heads.tokens import token_ids
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Observation
@@ -190,6 +191,22 @@ def test_several_outputs_prove_one_sample(name: str) -> None:
     assert candidate.spare > 0
     torch.testing.assert_close(candidate.labels, target, rtol=0, atol=1e-9)
     assert outcome_of(linear(4), x, target, Loss(name), batch_size=2).candidates == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_coarse_gradients_of_a_regression_are_no_classification(dtype: torch.dtype) -> None:
+    """Coarse values leave room for chance: targets near 0 or 1 are found by it, others are not."""
+    generator = torch.Generator().manual_seed(5)
+    rounding = torch.finfo(dtype).eps
+    logits = torch.randn(400, 1, generator=generator, dtype=torch.float64)
+    delta = 2 * (logits - torch.randn(400, 1, generator=generator, dtype=torch.float64))
+    named = [other_loss(a[None], b[None].to(dtype).double(), rounding) for a, b in zip(logits, delta, strict=True)]
+    assert sum(name is not None for name in named) <= (4 if dtype == torch.float32 else 40)
+    assert all(name.endswith(("(targets [0])", "(targets [1])")) for name in named if name is not None)
+    for target in (0.0, 1.0):
+        one = (torch.sigmoid(logits) - target).to(dtype).double()
+        found = [other_loss(a[None], b[None], rounding) for a, b in zip(logits, one, strict=True)]
+        assert all(name is not None and f"targets [{int(target)}]" in name for name in found)
 
 
 def test_a_regression_batch_with_its_targets() -> None:

@@ -82,6 +82,14 @@ def test_a_wrong_claim_does_not_fit() -> None:
     assert not separate(Head.create(*twice.head, Loss(), sigma=sigma), None, None).complete
 
 
+def test_one_logit_has_no_softmax() -> None:
+    """Its softmax is 1 whatever the features are: no label explains a gradient, and no direction is seen."""
+    batch, sigma = with_noise(make_batch(10, 1, seed=1), 1e-3)
+    grads = batch.grad_weight[:1], batch.grad_bias[:1]
+    one = Head.create(*grads, batch.weight[:1], batch.bias[:1], Loss(), sigma=sigma)
+    assert not separate(one, None, None).complete
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_noise_that_nobody_stated_is_named_and_the_search_ends(batch_size: int) -> None:
     batch = make_batch(100, batch_size, seed=2)

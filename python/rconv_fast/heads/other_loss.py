@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# In units of rounding, relative to the gradient: far above what a head's input is off, far below what chance reaches.
-AGREES = 1e6
+# In units of rounding, relative to the gradient: far above what a head's input is off. Not above what one regression
+# in thousands reaches by chance, unless the values themselves are coarser.
+AGREES, CHANCE, COARSE = 1e6, 1e-3, 4.0
 
 
 def other_loss(logits: Tensor, grad_logits: Tensor, rounding: float) -> str | None:
@@ -24,7 +25,7 @@ def other_loss(logits: Tensor, grad_logits: Tensor, rounding: float) -> str | No
     str or None
         As a reader passes it: ``loss='cross_entropy' (label 3)``.
     """
-    bar = AGREES * rounding * float(grad_logits.norm())
+    bar = max(min(AGREES * rounding, CHANCE), COARSE * rounding) * float(grad_logits.norm())
     n = logits.shape[1]
     if n > 1:  # delta = softmax - e_y
         one_hot = torch.softmax(logits, 1) - grad_logits
@@ -32,6 +33,7 @@ def other_loss(logits: Tensor, grad_logits: Tensor, rounding: float) -> str | No
         if float((one_hot - torch.nn.functional.one_hot(one_hot.argmax(1), n)).norm()) <= bar:
             return f"loss='cross_entropy' (label {label})"
     targets = torch.sigmoid(logits) - n * grad_logits  # delta = (sigmoid - t) / n
-    if float((targets - targets.round().clamp(0, 1)).norm()) <= n * bar:
-        return f"loss='binary_cross_entropy_with_logits' (targets {targets.round().long().flatten().tolist()})"
+    binary = targets.round().clamp(0, 1)
+    if float((targets - binary).norm()) <= n * bar:
+        return f"loss='binary_cross_entropy_with_logits' (targets {binary.long().flatten().tolist()})"
     return None

@@ -189,8 +189,13 @@ class _Fit:
         return inside, float(solved[-1]) if self.free_scale else 0.0
 
     def errors(self, point: _Point) -> Tensor:
-        """``sqrt(tr cov(x_b)) / |x_b|`` in the features' own units: the Cramer-Rao bound of this gradient alone."""
+        """``sqrt(tr cov(x_b)) / |x_b|`` in the features' own units: the Cramer-Rao bound of this gradient alone.
+
+        Infinite where the gradient leaves a direction open: its normal matrix has no Cholesky factor.
+        """
         basis, _, factor = self._normal(point)
+        if not bool((factor.diagonal() > 0).all()):
+            return point.x.new_full((len(point.x),), math.inf)
         m, d = point.x.shape
         k = basis.shape[1]
         covariance = torch.cholesky_inverse(factor)[: m * k, : m * k].reshape(m, k, m, k)
