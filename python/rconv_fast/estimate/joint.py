@@ -23,6 +23,8 @@ from rconv_fast.patterns.pattern import Pattern
 ROUNDS = 14
 # More inner iterations than this in one round: the information has changed, it is formed anew.
 STALE = 60
+# A misfit above this many times the noise's own that as many rounds did not halve: the start is not near any answer.
+HOPELESS, PATIENCE = 1e4, 3
 # Least noise of an entry, in units of the root mean square of its tensor's: bounds the range of the weights until the
 # bits are known. Gradients of a narrow type have entries whose rounding is next to nothing.
 CAPS = (0.1, 0.0)
@@ -135,6 +137,8 @@ def estimate(
         found = _finish(problem, x, bits, budget, free_scale)
         x, bits, whole = found.x, found.bits, whole.with_scale(found.scale)
         iterations += found.iterations
+        if _is_hopeless(whole, found):
+            break
     held = whole.with_pieces(_hold(whole, bits))
     with torch.no_grad():
         at_bits = held.values(x) if bits else {}
@@ -180,15 +184,18 @@ class _Candidate:
 def _finish(problem: GradientMap, x: Tensor, bits: Bits, budget: Budget, free_scale: bool) -> _Candidate:
     """Rounds of Gauss-Newton with the bits held and of settling those in doubt; the best round."""
     best: _Candidate | None = None
+    halved, last = 0, math.inf  # the round that last halved the score, and that score
     tried: list[Bits] = []
     information: Information | None = None
-    for _ in range(ROUNDS):
+    for index in range(ROUNDS):
         fresh = information is None
         information = information or _information(problem.with_pieces(_hold(problem, bits)), x, free_scale)
         found = _fit(problem, x, bits, information, budget, free_scale, best.iterations if best else 0)
         best = found if best is None or found.score < best.score else replace(best, iterations=found.iterations)
         problem, doubt = problem.with_scale(found.scale), found.doubt
-        if not len(doubt) or budget.spent:
+        halved, last = (index, best.score) if best.score < last / 2 else (halved, last)
+        stalled = index - halved >= PATIENCE and _is_hopeless(problem, best)
+        if not len(doubt) or budget.spent or stalled:
             break
         tried.append(bits)
         x, bits = bit.settle(problem.with_pieces(_hold(problem, found.bits)), found.x, found.bits, doubt, information)
@@ -203,6 +210,10 @@ def _finish(problem: GradientMap, x: Tensor, bits: Bits, budget: Budget, free_sc
             information = None
     assert best is not None
     return best
+
+
+def _is_hopeless(problem: GradientMap, found: _Candidate) -> bool:
+    return found.chi2 > HOPELESS * sum(g.numel() for g in problem.seen.values())
 
 
 def _flip_contradicting(problem: GradientMap, best: _Candidate, budget: Budget, free_scale: bool) -> _Candidate:
