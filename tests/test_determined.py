@@ -47,7 +47,7 @@ def blind(
 
 
 @pytest.mark.parametrize("pattern", ["constant", "checkerboard", "stripes"])
-@pytest.mark.parametrize("size", [(19, 23), (57, 61), (91, 85)], ids=str)
+@pytest.mark.parametrize("size", [(19, 23), (33, 37), (91, 85)], ids=str)
 def test_a_null_vector_spread_over_the_picture_is_seen(size: tuple[int, int], pattern: str) -> None:
     torch.manual_seed(size[0])
     found, x = blind(size, pattern, 4)
