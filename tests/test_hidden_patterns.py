@@ -80,6 +80,13 @@ def test_a_search_that_nobody_limits_ends_by_itself_and_says_so(monkeypatch: pyt
     assert "one step" in attack(model, GREY).result.reason
 
 
+def test_an_input_that_no_search_certified_is_corrected_by_a_forward_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 24, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(864, 10))
+    monkeypatch.setattr("rconv_fast.patterns.alternation.certify", lambda *_: None)
+    done = assert_recovered(model, photo(12, channels=1))
+    assert not any(layer.patterns for layer in done.result.layers)
+
+
 class Functional(nn.Module):
     """Pools and activations as functions."""
 

@@ -133,12 +133,12 @@ def test_a_layer_behind_a_pool_comes_back_exactly(make: Callable[[], Layer]) -> 
     layer = make()
     budget = Budget.seconds(20)
     attempts = (alternate(layer.problem, schedule, budget) for schedule in (SHARP, SOFT, DESCENT, GENTLE))
-    found = next((a.certified for a in attempts if a.certified is not None), None)
+    found = next((attempt.fit for attempt in attempts if attempt.certified), None)
     assert found is not None
     assert float((found.x - layer.x).abs().max()) < 1e-8
     known = layer.problem.hidden.known
     assert torch.equal(found.pattern[known], layer.truth[known])
-    assert bool(found.solution.determined.all())
+    assert found.evidence.proof == "pattern"
 
 
 def test_a_wrong_pattern_is_not_certified() -> None:

@@ -36,8 +36,11 @@ class Rule:
         """The rule of this layer with every value on the linear piece that `piece` names; only if `hidden`."""
         raise NotImplementedError
 
-    def piece_of(self, x: Tensor) -> Tensor:
-        """The linear pieces that an input's values are on, as a forward run takes them; only if `hidden`."""
+    def piece_of(self, x: Tensor, tie: float = 0.0) -> Tensor:
+        """The linear pieces that an input's values are on, as a forward run takes them; only if `hidden`.
+
+        Values that differ by `tie`, relative, are equal.
+        """
         raise NotImplementedError
 
     def pull_gradient(self, grad: Tensor, y: Tensor | None, operand: int, shape: torch.Size) -> Tensor:

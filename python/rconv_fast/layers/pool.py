@@ -11,7 +11,7 @@ from torch import Tensor
 from rconv_fast.geometry import as_tuple
 from rconv_fast.layers.base import Rule
 from rconv_fast.layers.rearrange import RearrangeRule
-from rconv_fast.layers.windows import Windows
+from rconv_fast.layers.windows import TIE, Windows
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,6 @@ class MaxPoolRule(Rule):
         source = torch.where(piece >= 0, plane * n + piece + 1, 0)
         return RearrangeRule(self.kind, (source,), (torch.Size((*piece.shape[:2], *self.windows.in_size)),))
 
-    def piece_of(self, x: Tensor) -> Tensor:
+    def piece_of(self, x: Tensor, tie: float = 0.0) -> Tensor:
         """The positions of a forward run's maxima, torch's rule: the first of equal ones."""
-        return self.windows.first_largest(x.flatten(2)).reshape(*x.shape[:2], *self.windows.out_size)
+        return self.windows.first_largest(x.flatten(2), max(tie, TIE)).reshape(*x.shape[:2], *self.windows.out_size)

@@ -118,7 +118,7 @@ class ValleyRule(Rule):
         """The rule with every value on a given side (0: right, 1: left)."""
         return SideRule(self.valley, piece == LEFT)
 
-    def piece_of(self, x: Tensor) -> Tensor:
+    def piece_of(self, x: Tensor, tie: float = 0.0) -> Tensor:
         """The sides of a forward run's inputs."""
         return torch.where(x < self.valley.bottom, LEFT, RIGHT)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
-from rconv_fast.patterns.certificate import Certified, certify, misfit_of
+from rconv_fast.patterns.certificate import Fit, certify, misfit_of, unproven
 from rconv_fast.patterns.least_squares import WeightedSolver
 from rconv_fast.patterns.problem import Problem, Reading
 
@@ -71,12 +71,15 @@ GENTLE = Schedule("gentle", clear=5.0, trust=5.0, decay=0.8)
 
 @dataclass(frozen=True)
 class Attempt:
-    """Where an alternation ended: the certified answer or None, the iterate, its misfit, the iterations."""
+    """Where a search ended, certified or not (None: nowhere), and what it took."""
 
-    certified: Certified | None
-    x: Tensor
-    misfit: float
-    iterations: int
+    fit: Fit | None
+    steps: str
+
+    @property
+    def certified(self) -> bool:
+        """Whether it found the pattern."""
+        return self.fit is not None and self.fit.certified
 
 
 @dataclass
@@ -106,23 +109,22 @@ def alternate(problem: Problem, schedule: Schedule, budget: Budget, start: Tenso
             refuted = pattern
         if certified is not None or budget.spent or _stalled(state.history):
             break
-    if certified is not None:
-        certified = _weighted(problem, solver, schedule, certified)
-    return Attempt(certified, x, min(state.history), iteration + 1)
+    fit = unproven(problem, x) if certified is None else _weighted(problem, solver, schedule, certified)
+    return Attempt(fit, f"{iteration + 1} iterations")
 
 
-def _weighted(problem: Problem, solver: WeightedSolver, schedule: Schedule, certified: Certified) -> Certified:
+def _weighted(problem: Problem, solver: WeightedSolver, schedule: Schedule, fit: Fit) -> Fit:
     """The certified input with every equation weighed by its own misfit, as long as that brings it nearer.
 
     Equations from rounded gradients differ by orders of magnitude in how well they hold.
     """
     for _ in range(REWEIGHTED):
-        x = _step(problem, solver, schedule, _State(certified.x), schedule.iterations)
+        x = _step(problem, solver, schedule, _State(fit.x), schedule.iterations)
         misfit = misfit_of(problem, x)
-        if not misfit < certified.misfit / 2:
+        if not misfit < fit.misfit / 2:
             break
-        certified = replace(certified, x=x, misfit=misfit)
-    return certified
+        fit = replace(fit, x=x, misfit=misfit)
+    return fit
 
 
 def _step(problem: Problem, solver: WeightedSolver, schedule: Schedule, state: _State, iteration: int) -> Tensor:

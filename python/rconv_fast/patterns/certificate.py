@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from rconv_fast.patterns.problem import Problem
-from rconv_fast.solve import Solution, solve
+from rconv_fast.solve import Evidence, solve
 
 
 @dataclass(frozen=True)
-class Certified:
-    """A pattern that is right, the input that proves it, its solve, and by how much it misses what was seen."""
+class Fit:
+    """An input, its pattern, by how much it misses what was seen, and what speaks for it."""
 
     x: Tensor
     pattern: Tensor
-    solution: Solution
     misfit: float
+    evidence: Evidence
+
+    @property
+    def certified(self) -> bool:
+        """Whether the pattern is right."""
+        return self.evidence.proof == "pattern"
 
 
-def certify(problem: Problem, pattern: Tensor) -> Certified | None:
+def certify(problem: Problem, pattern: Tensor) -> Fit | None:
     """Solve all equations under a pattern, every one counting the same; None where something contradicts it.
 
     No more equations than unknowns would leave nothing to contradict.
@@ -32,7 +38,16 @@ def certify(problem: Problem, pattern: Tensor) -> Certified | None:
     if not bool(solution.determined.all()):
         return None
     misfit = misfit_of(problem, solution.x)
-    return Certified(solution.x, pattern, solution, misfit) if misfit <= problem.tolerance else None
+    proven = replace(solution.evidence, proof="pattern")
+    return Fit(solution.x, pattern, misfit, proven) if misfit <= problem.tolerance else None
+
+
+def unproven(problem: Problem, x: Tensor) -> Fit:
+    """An input that a search ended at."""
+    pattern = problem.hidden.choose(problem.convolution.output(x))
+    system, misfit = problem.system(problem.hidden.tight(pattern)), misfit_of(problem, x)
+    evidence = Evidence(0, system.unknowns, system.count, misfit, math.nan, "", "none", converged=False)
+    return Fit(x, pattern, misfit, evidence)
 
 
 def misfit_of(problem: Problem, x: Tensor) -> float:

@@ -22,10 +22,10 @@ from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
-from rconv_fast.patterns.alternation import DESCENT, GENTLE, SHARP, SOFT, Schedule, alternate
+from rconv_fast.patterns.alternation import DESCENT, GENTLE, SHARP, SOFT, Attempt, alternate
 from rconv_fast.patterns.averages import Averages, pack
 from rconv_fast.patterns.branches import Branches
-from rconv_fast.patterns.certificate import Certified, certify
+from rconv_fast.patterns.certificate import Fit, certify
 from rconv_fast.patterns.least_squares import WeightedSolver
 from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.problem import Convolution, Hidden, Problem
@@ -43,6 +43,9 @@ TIE, LEAST_TIE = 2.0, 0.1
 EVEN = 1e-6
 # Longest search of one pattern where nobody set a limit.
 SEARCH_SECONDS = 60.0
+# Misfit up to which the input that a failed search came nearest to is handed on: a forward run of it may correct the
+# layers behind.
+NEAR = 0.2
 SCHEDULES = (SHARP, SOFT, DESCENT, GENTLE)
 
 
@@ -57,7 +60,7 @@ class Outcome:
     known : Known
         What another pass then need not solve for.
     reason : str
-        Why none were found, half a sentence.
+        Why none were found, half a sentence; with pieces that are not certified, of an input that comes near.
     """
 
     pieces: dict[str, Tensor] = field(default_factory=dict)
@@ -108,19 +111,27 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
     budget = options.budget if options.budget.is_limited else options.budget.at_most(SEARCH_SECONDS)
     if (least := WeightedSolver(problem.convolution).seconds) > budget.left:
         return Outcome(reason=f"{rule.kind}, where one step of a search takes {least:.0f} s: time_limit= allows it")
+    nearest: Fit | None = None
+    nearest_by = ""
     for name, propose in _proposals(problem, chain):
         options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} ({name})"))
-        found, steps = propose(budget)
+        attempt = propose(budget)
         seconds = time.perf_counter() - start
-        if found is not None:
-            return _outcome(graph, chain, problem, found, f"{name}, {steps}, {seconds:.1f} s", seconds)
+        how = f"{name}, {attempt.steps}, {seconds:.1f} s"
+        if attempt.fit is not None and attempt.fit.certified:
+            return _outcome(graph, chain, problem, attempt.fit, how, seconds)
+        if attempt.fit is not None and (nearest is None or attempt.fit.misfit < nearest.misfit):
+            nearest, nearest_by = attempt.fit, how
         if budget.spent:
             break
     within = f" in {seconds:.0f} s: time_limit= allows more" if budget.spent else ""
-    return Outcome(reason=f"{rule.kind}, of which no pattern was found{within}")
+    reason = f"{rule.kind}, of which no pattern was found{within}"
+    if nearest is None or nearest.misfit > NEAR or chain.conv.inputs[0] != graph.input:
+        return Outcome(reason=reason)
+    return replace(_outcome(graph, chain, problem, nearest, f"{nearest_by}, not certified", seconds), reason=reason)
 
 
-Proposal = Callable[[Budget], "tuple[Certified | None, str]"]
+Proposal = Callable[[Budget], Attempt]
 
 
 def _proposals(problem: Problem, chain: _Chain) -> Iterator[tuple[str, Proposal]]:
@@ -129,26 +140,22 @@ def _proposals(problem: Problem, chain: _Chain) -> Iterator[tuple[str, Proposal]
         yield "packing", lambda budget: _packed(problem, chain, budget)
         return
     for schedule in SCHEDULES:
-        yield schedule.name, functools.partial(_alternated, problem, schedule)
+        yield schedule.name, functools.partial(alternate, problem, schedule)
 
 
-def _alternated(problem: Problem, schedule: Schedule, budget: Budget) -> tuple[Certified | None, str]:
-    attempt = alternate(problem, schedule, budget)
-    return attempt.certified, f"{attempt.iterations} iterations"
-
-
-def _packed(problem: Problem, chain: _Chain, budget: Budget) -> tuple[Certified | None, str]:
+def _packed(problem: Problem, chain: _Chain, budget: Budget) -> Attempt:
     """The pattern of a global average, whose row sums are the gradients of the biases."""
     assert isinstance(problem.hidden, Averages)
     made_by = chain.before_hidden.rule
     grad_bias = made_by.grad_bias if isinstance(made_by, ConvRule | AffineRule) else None
     if grad_bias is None:
-        return None, ""
+        return Attempt(None, "")
     pattern, programs = pack(problem.convolution, problem.hidden, grad_bias, budget)
-    return None if pattern is None else certify(problem, pattern), f"{programs} linear programs"
+    certified = None if pattern is None else certify(problem, pattern)
+    return Attempt(certified, f"{programs} linear programs")
 
 
-def _outcome(graph: Graph, chain: _Chain, problem: Problem, found: Certified, how: str, seconds: float) -> Outcome:
+def _outcome(graph: Graph, chain: _Chain, problem: Problem, found: Fit, how: str, seconds: float) -> Outcome:
     """Pieces and values as a pass takes them."""
     name = chain.conv.inputs[0]
     x = found.x.reshape(graph.steps[name].shape)
@@ -159,11 +166,11 @@ def _outcome(graph: Graph, chain: _Chain, problem: Problem, found: Certified, ho
     o = problem.convolution.output(found.x)
     miss = float(problem.hidden.residual(o, found.pattern).abs().max() / o.abs().max())
     pieces = problem.hidden.pieces(o, max(TIE * miss, LEAST_TIE * LEAST_TOLERANCE))
-    evidence = replace(found.solution.evidence, proof="pattern")
-    report = LayerReport(chain.conv.label, chain.conv.rule.kind, evidence, seconds, how)
+    report = LayerReport(chain.conv.label, chain.conv.rule.kind, found.evidence, seconds, how)
+    determined = torch.full_like(values[name], found.certified, dtype=torch.bool)
     return Outcome(
         {chain.hidden.name: pieces.reshape(chain.hidden.shape)},
-        Known(values, {name: torch.ones_like(values[name], dtype=torch.bool)}, {name: report}),
+        Known(values, {name: determined}, {name: report}),
     )
 
 

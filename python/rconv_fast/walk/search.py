@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from rconv_fast.layers.activation import ActivationRule
@@ -20,6 +21,8 @@ from rconv_fast.walk.pass_ import run_pass
 RETRY_FACTORS = (1.0, 30.0, 0.1, 300.0)
 # Forward runs of the answer: each either halves the mismatch or is the last one.
 MAX_FORWARD_RUNS = 6
+# Maxima this near, in roundings of the gradients, may be equal.
+EQUAL = 4.0
 # An answer this far off shows activations of something else.
 HOPELESS = 0.5
 
@@ -42,7 +45,10 @@ def passes(graph: Graph, grad_logits: Tensor, known: Known, pattern: Pattern, op
             if not found.pieces:
                 return replace(passed, stop=replace(passed.stop, reason=found.reason)), pattern
             pattern = pattern.with_pieces(found.pieces, origin=pattern.origin)
+            stop = replace(passed.stop, reason=found.reason)
             passed = run_pass(graph, grad_logits, passed.known().and_also(found.known), pattern, options)
+            if found.reason:
+                return replace(passed, stop=stop), pattern
         elif passed.contradiction is not None and passed.stop is None:
             passed, pattern = _other_thresholds(graph, grad_logits, pattern, options, passed)
             passed = run_pass(graph, grad_logits, passed.known(), pattern, options)
@@ -72,13 +78,16 @@ def _other_thresholds(
     return replace(best, contradiction=None), best_pattern
 
 
-def forward_pieces(graph: Graph, inputs: Tensor) -> dict[str, Tensor]:
-    """The pieces of a forward run: the output of every activation, positions and sides where those are hidden."""
+def forward_pieces(graph: Graph, inputs: Tensor, tie: float) -> dict[str, Tensor]:
+    """The pieces of a forward run: the output of every activation, positions and sides where those are hidden.
+
+    Values that differ by `tie`, relative, are equal.
+    """
     values = graph.forward(inputs)
     pieces = {name: value for name, value in values.items() if isinstance(graph.steps[name].rule, ActivationRule)}
     for step in graph.steps.values():
         if step.rule.hidden:
-            pieces[step.name] = step.rule.piece_of(values[step.inputs[0]])
+            pieces[step.name] = step.rule.piece_of(values[step.inputs[0]], tie)
     return pieces
 
 
@@ -99,24 +108,42 @@ def recover(
     bar : float
         The mismatch at which an answer is good.
     """
-    passed, pattern = passes(graph, grad_logits, known, Pattern(), options)
-    best = Found(passed, pattern, _mismatch_of(graph, passed, mismatch))
+
+    def follow(pattern: Pattern) -> Found:
+        passed, pattern = passes(graph, grad_logits, known, pattern, options)
+        return Found(passed, pattern, _mismatch_of(graph, passed, mismatch))
+
+    best = follow(Pattern())
     for _ in range(MAX_FORWARD_RUNS):
-        if best.mismatch <= bar or best.mismatch > HOPELESS or options.budget.spent or only_input_open(graph, passed):
+        open_end = only_input_open(graph, best.passed)
+        if _settled(best, bar) or best.mismatch > HOPELESS or options.budget.spent or open_end:
             break
         options.progress(Event("input", "pass with the activations of the forward run", residual=best.mismatch))
         masked = graph.with_masks(graph.masks(best.passed.values))
-        pieces = forward_pieces(masked, best.passed.values[graph.input])
-        trial = Pattern(origin="forward run").with_pieces(pieces)
-        passed, trial = passes(graph, grad_logits, known, trial, options)
-        other = Found(passed, trial, _mismatch_of(graph, passed, mismatch))
-        if not other.mismatch < best.mismatch:
+        runs = forward_runs(masked, best.passed.values[graph.input], options.precision)
+        for pieces in runs:
+            other = follow(Pattern(origin="forward run").with_pieces(pieces))
+            if better := other.mismatch < best.mismatch or _settled(other, bar):
+                break
+        if not better:
             break
         stalled = other.mismatch > best.mismatch / 2
         best = other
         if stalled:
             break
     return best
+
+
+def forward_runs(graph: Graph, inputs: Tensor, precision: float) -> list[dict[str, Tensor]]:
+    """The pieces of a forward run, also with the maxima taken at their word where others are taken as equal."""
+    runs = [forward_pieces(graph, inputs, EQUAL * precision), forward_pieces(graph, inputs, 0.0)]
+    same = all(torch.equal(piece, runs[1][name]) for name, piece in runs[0].items())
+    return runs[:1] if same else runs
+
+
+def _settled(found: Found, bar: float) -> bool:
+    """Whether an answer is good, and its pass went to its end: an input that a failed search came near to is no end."""
+    return found.mismatch <= bar and found.passed.stop is None
 
 
 def _mismatch_of(graph: Graph, passed: Pass, mismatch: Callable[[Pass], float]) -> float:
@@ -129,6 +156,8 @@ CONTRADICTION = 1e-3
 
 def only_input_open(graph: Graph, passed: Pass) -> bool:
     """Everything but the network's input is determined: a forward run of it teaches nothing new."""
+    if passed.stop is not None:
+        return False
     fixed = {name: bool(determined.all()) for name, determined in passed.determined.items()}
     consistent = all(report.residual <= CONTRADICTION for report in passed.reports.values())
     return not fixed.pop(graph.input, True) and all(fixed.values()) and consistent
