@@ -310,3 +310,18 @@ def test_a_reading_that_kills_the_first_layer_leaves_the_input_open() -> None:
     assert not result.verified
     assert any("left over to prove this reading" in note for note in result.notes)
     assert float((result.inputs - x).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_at_an_unknown_scale_copies_look_like_samples_without_trace(bias: bool) -> None:
+    """The second picture is dead behind the ReLU; half of the first one's gradient is twice half of it, scaled."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 60), nn.ReLU(), nn.Linear(60, 10, bias=bias)).double()
+    x = torch.rand(1, 3, 4, 4, dtype=torch.float64)
+    shared = {name: g / 2 for name, g in gradients_of(model, x, torch.tensor([1])).items()}
+    result = invert(model, shared, x.shape[1:], batch_size=2, scale=None)
+    assert not result.verified
+    assert any("at an unknown scale" in note for note in result.notes), result.notes
+    both = {name: 2 * g for name, g in shared.items()}
+    assert invert(model, both, x.shape[1:], batch_size=2).verified
+    assert invert(model, shared, x.shape[1:], scale=None).verified

@@ -65,6 +65,7 @@ def count_occurrences(
         doubt = ""
         if size > m and batch_size is None:
             doubt = f"read as {size} samples of which some are repeated, which batch_size={size} would confirm"
+        doubt = doubt or doubt_of_scale(times, scale)
         return Occurrences(times, size, implied if scale is None else scale, doubt)
     once = torch.ones(m, dtype=torch.int64, device=shares.device)
     stated = 1.0 if scale is None else scale
@@ -85,6 +86,17 @@ def count_occurrences(
         return Occurrences(once, size, stated, doubt)
     doubt = f"the gradient is {implied / stated:.6g} times what this loss gives for {m} samples: pass scale=None"
     return Occurrences(once, m, implied, doubt)
+
+
+def doubt_of_scale(times: Tensor, scale: float | None) -> str:
+    """Why repetitions common to all samples are not proven at an unknown scale, which they are a factor of (or empty).
+
+    As many other samples that leave no trace in the gradient would look alike.
+    """
+    if scale is not None or int(times.min()) == 1:
+        return ""
+    size, m = int(times.sum()), len(times)
+    return f"read as {m} samples that are repeated, {size} in all; at an unknown scale the others may leave no trace"
 
 
 def _repetitions(shares: Tensor, tolerance: float) -> Iterator[Tensor]:

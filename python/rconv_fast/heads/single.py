@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.heads.head import Head
+from rconv_fast.heads.multiplicity import doubt_of_scale
 from rconv_fast.heads.problem import SAFETY
 from rconv_fast.heads.refine import Refined, complete_limit, refine
 from rconv_fast.heads.roots import HeadFactors
@@ -75,15 +76,14 @@ def single_sample(head: Head, expected: int | None, given: Tensor | None) -> Hea
     scale = best.factor * _total(head, best.label, times) / share
     agree = given is None or bool((given == best.label).all())
     certificate = (best.gap.norm() / delta.norm())[None]
-    complete = best.fits and agree
-    target, reason = best.label[None], ""
+    target, reason = best.label[None], doubt_of_scale(one, head.scale)
     if not best.fits:
         target, reason, scale = _without_label(head, delta, logits, softmax, best, times)
     elif not agree:
         reason = f"the gradient has the label {int(best.label)}, which the given ones are not"
     spare = head.n_classes - 1 - (head.scale is None)
     return HeadSeparation(
-        x[None], target, delta[None], certificate, times, one, complete, mixed, 1, reason, spare=spare, scale=scale
+        x[None], target, delta[None], certificate, times, one, not reason, mixed, 1, reason, spare=spare, scale=scale
     )
 
 
@@ -121,7 +121,8 @@ def noisy_single_sample(
         fits.append((label, refine(head, (head.sigma_weight, head.sigma_bias), x, target, weight * scale), scale))
     fits.sort(key=lambda fit: fit[1].chi2)
     label, best, scale = fits[0]
-    reason = note
+    one = torch.full((1,), times, dtype=torch.int64, device=x.device)
+    reason = note or doubt_of_scale(one, head.scale)
     if not best.fits:  # the features do not depend on the label
         reason = f"no label explains the bias gradient: {best.misfit}"
         best = replace(best, x=x, delta=delta[None], errors=None)
@@ -131,7 +132,6 @@ def noisy_single_sample(
         reason = reason or f"the noise leaves a relative error of {float(best.errors.max()):.0e} in the features"
     if given is not None and bool((given != label).any()):
         reason = f"the gradient has the label {int(label)}, which the given ones are not"
-    one = torch.full((1,), times, dtype=torch.int64, device=x.device)
     mismatch = head.mismatch(best.x, best.delta)
     residual = x.new_full((1,), mismatch)
     return HeadSeparation(
