@@ -325,3 +325,14 @@ def test_at_an_unknown_scale_copies_look_like_samples_without_trace(bias: bool) 
     both = {name: 2 * g for name, g in shared.items()}
     assert invert(model, both, x.shape[1:], batch_size=2).verified
     assert invert(model, shared, x.shape[1:], scale=None).verified
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_two_classes_at_an_unknown_scale_prove_nothing(batch: int) -> None:
+    """The gradient of any batch has rank 1 there, and a scale at which one sample explains it."""
+    torch.manual_seed(batch)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).double()
+    x, y = torch.rand(batch, 3, 4, 4, dtype=torch.float64), torch.randint(0, 2, (batch,))
+    shared = gradients_of(model, x, y)
+    assert not invert(model, shared, x.shape[1:], scale=None).verified
+    assert invert(model, shared, x.shape[1:], batch_size=batch).verified == (batch == 1)

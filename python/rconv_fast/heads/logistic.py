@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rconv_fast.heads.head import Head
 from rconv_fast.heads.problem import SAFETY, STATED_SAFETY
-from rconv_fast.heads.separation import HeadSeparation
+from rconv_fast.heads.separation import NOTHING_LEFT, HeadSeparation
 
 # Roots of p are bisected, and searched on a grid, to so much more than the rounding of the gradients.
 _BISECTIONS = 200
@@ -100,7 +100,7 @@ def _reading(head: Head, x: Tensor, delta: Tensor, w: float) -> HeadSeparation |
     spare = head.n_classes - (not head.has_bias) - (head.scale is None)
     residual = torch.maximum(gap.norm() / delta.norm(), mixed / head.grad_weight.norm())[None]
     one = torch.ones(1, dtype=torch.int64, device=x.device)
-    reason = "" if spare > 0 else "no equation of the head is left over to prove this reading"
+    reason = "" if spare > 0 else NOTHING_LEFT
     return HeadSeparation(
         x[None], labels[None], delta[None], residual, 1, one, spare > 0,
         head.mismatch(x[None], delta[None]), 1, reason, spare=spare, scale=scale,

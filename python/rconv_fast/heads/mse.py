@@ -11,7 +11,7 @@ from rconv_fast.heads.head import Head
 from rconv_fast.heads.levenberg_marquardt import State, damped_step, minimise
 from rconv_fast.heads.other_loss import other_loss
 from rconv_fast.heads.problem import STATED_SAFETY
-from rconv_fast.heads.separation import HeadSeparation
+from rconv_fast.heads.separation import NOTHING_LEFT, HeadSeparation
 
 # A residual is accepted up to this factor above the rounding of the gradients.
 _SAFETY = 1e3
@@ -87,7 +87,7 @@ def _reading(x: Tensor, targets: Tensor, delta: Tensor, mismatch: float, spare: 
     b = len(x)
     ones = torch.ones(b, dtype=torch.int64, device=x.device)
     residuals = x.new_full((b,), mismatch)
-    reason = "" if spare > 0 else "no equation of the head is left over to prove this reading"
+    reason = "" if spare > 0 else NOTHING_LEFT
     return HeadSeparation(x, targets, delta, residuals, b, ones, spare > 0, mismatch, b, reason, spare=spare)
 
 

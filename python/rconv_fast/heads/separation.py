@@ -10,6 +10,9 @@ from torch import Tensor
 from rconv_fast.errors import require
 from rconv_fast.heads.head import check_gradients
 
+# Why a reading that uses all equations is no proof: any batch has one.
+NOTHING_LEFT = "no equation of the head is left over to prove this reading"
+
 
 @dataclass(frozen=True)
 class HeadSeparation:

@@ -5,22 +5,17 @@ The softmax then gives the label, and the scale where it is open: ``db = s v (so
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rconv_fast.heads.head import Head
 from rconv_fast.heads.multiplicity import doubt_of_scale
+from rconv_fast.heads.noisy_single import LABELS
 from rconv_fast.heads.problem import SAFETY
-from rconv_fast.heads.refine import Refined, complete_limit, refine
-from rconv_fast.heads.roots import HeadFactors
-from rconv_fast.heads.separation import HeadSeparation
+from rconv_fast.heads.separation import NOTHING_LEFT, HeadSeparation
 
-# Labels looked at: at a label the softmax's gradient is the most negative, but for smoothing.
-_LABELS = 3
-# A label this much better in chi^2 than the next is certain: five standard deviations.
-_CHI2_MARGIN = 25.0
 # Soft targets are told from nonsense up to this.
 _SIMPLEX = 1e-3
 
@@ -67,7 +62,7 @@ def single_sample(head: Head, expected: int | None, given: Tensor | None) -> Hea
         return None
     times = expected or 1
     logits = head.logits(x)
-    labels = delta.topk(min(_LABELS, len(delta)), largest=False).indices
+    labels = delta.topk(min(LABELS, len(delta)), largest=False).indices
     softmax = torch.softmax(logits, 0)
     readings = [_read(head, delta, logits, softmax, label, times, head.scale) for label in labels]
     best = min(readings, key=lambda r: r.excess)
@@ -82,62 +77,11 @@ def single_sample(head: Head, expected: int | None, given: Tensor | None) -> Hea
     elif not agree:
         reason = f"the gradient has the label {int(best.label)}, which the given ones are not"
     spare = head.n_classes - 1 - (head.scale is None)
+    if spare <= 0 and expected != 1:
+        reason = reason or NOTHING_LEFT
     return HeadSeparation(
         x[None], target, delta[None], certificate, times, one, not reason, mixed, 1, reason, spare=spare, scale=scale
     )
-
-
-def noisy_single_sample(
-    head: Head, factors: HeadFactors, expected: int | None, given: Tensor | None, note: str = ""
-) -> HeadSeparation | None:
-    """The only sample of a gradient of rank 1 above its noise: the label of least chi^2.
-
-    The leading singular vectors of ``[dW, kappa db]`` are ``delta`` and ``(x, kappa)`` up to a factor; Gauss-Newton
-    on x for each of the likeliest labels. None where nothing is said of noise, at another rank, or without a bias.
-
-    Parameters
-    ----------
-    head, factors : Head, HeadFactors
-        The layer and its gradient's factors, truncated to its numerical rank.
-    expected, given
-        As in :func:`single_sample`.
-    note : str
-        What else keeps the reading from being complete.
-    """
-    if head.sigma_weight is None or factors.kappa is None or factors.rank != 1:
-        return None
-    times = expected or 1
-    x = factors.vh[:, :-1] * (factors.kappa / factors.vh[:, -1:])
-    delta = factors.u[:, 0] * factors.s * factors.vh[:, -1] / factors.kappa
-    labels = delta.topk(min(_LABELS, len(delta)), largest=False).indices
-    scale = 1.0 if head.scale is None else head.scale
-    fits: list[tuple[Tensor, Refined, float]] = []
-    for label in labels:
-        target, v = head.loss.class_targets(label[None], head.n_classes, torch.float64)
-        weight = v * head.share_of_weight(x, label[None]) * times / _total(head, label, times)
-        if head.scale is None:
-            pull = torch.softmax(head.logits(x), 1) - target
-            scale = float((pull @ delta) / (pull.square().sum() * weight))
-        fits.append((label, refine(head, (head.sigma_weight, head.sigma_bias), x, target, weight * scale), scale))
-    fits.sort(key=lambda fit: fit[1].chi2)
-    label, best, scale = fits[0]
-    one = torch.full((1,), times, dtype=torch.int64, device=x.device)
-    reason = note or doubt_of_scale(one, head.scale)
-    if not best.fits:  # the features do not depend on the label
-        reason = f"no label explains the bias gradient: {best.misfit}"
-        best = replace(best, x=x, delta=delta[None], errors=None)
-    elif len(fits) > 1 and fits[1][1].chi2 - best.chi2 < _CHI2_MARGIN:
-        reason = reason or f"the labels {int(label)} and {int(fits[1][0])} fit about as well"
-    if best.errors is not None and float(best.errors.max()) > complete_limit(head):
-        reason = reason or f"the noise leaves a relative error of {float(best.errors.max()):.0e} in the features"
-    if given is not None and bool((given != label).any()):
-        reason = f"the gradient has the label {int(label)}, which the given ones are not"
-    mismatch = head.mismatch(best.x, best.delta)
-    residual = x.new_full((1,), mismatch)
-    return HeadSeparation(
-        best.x, label[None], best.delta, residual, times, one, not reason, mismatch, 1, reason,
-        spare=head.n_classes - 1 - (head.scale is None), scale=scale * best.factor, errors=best.errors,
-    )  # fmt: skip
 
 
 def _pull(head: Head, label: Tensor) -> float:

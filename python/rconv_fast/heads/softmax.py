@@ -16,12 +16,13 @@ from rconv_fast.budget import Budget
 from rconv_fast.errors import require
 from rconv_fast.heads.head import Head, check_head
 from rconv_fast.heads.multiplicity import Occurrences, count_occurrences
+from rconv_fast.heads.noisy_single import noisy_single_sample
 from rconv_fast.heads.problem import Found, HeadProblem
 from rconv_fast.heads.refine import Refined, complete_limit, refine
 from rconv_fast.heads.roots import HeadFactors, RootSystem
 from rconv_fast.heads.search import search
 from rconv_fast.heads.separation import HeadSeparation
-from rconv_fast.heads.single import noisy_single_sample, single_sample
+from rconv_fast.heads.single import single_sample
 from rconv_fast.heads.spectrum import noise_in_sums, noisy_rank, numerical_rank, singular_triplets
 from rconv_fast.losses import Loss
 
@@ -188,7 +189,7 @@ def _problem(
     n, d = head.n_classes, factors.vh.shape[1]
     if head.sigma_weight is not None:
         sigma = float(head.sigma_weight.square().mean().sqrt())
-        rank = noisy_rank(factors.s, sigma * (n**0.5 + d**0.5))
+        rank = noisy_rank(factors.s, _norm_of_noise(head.sigma_weight.expand_as(head.grad_weight)))
         noise = sigma * n**0.5
     else:
         rank = numerical_rank(factors.s, (n, d), head.rounding)
@@ -223,6 +224,14 @@ def _problem(
         labels=given,
         generator=generator,
     )
+
+
+def _norm_of_noise(sigma: Tensor) -> float:
+    """Norm of a matrix of independent entries: ``max_i |sigma_i| + max_j |sigma_j|`` over rows and columns.
+
+    Of constant sigma, (n, d): ``sigma (sqrt(n) + sqrt(d))`` (Bandeira and van Handel, arXiv 1408.6185, theorem 1.1).
+    """
+    return float(sigma.norm(dim=0).max() + sigma.norm(dim=1).max())
 
 
 def _factors(head: Head) -> HeadFactors:
