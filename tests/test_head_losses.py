@@ -209,6 +209,15 @@ def test_coarse_gradients_of_a_regression_are_no_classification(dtype: torch.dty
         assert all(name is not None and f"targets [{int(target)}]" in name for name in found)
 
 
+def test_a_regression_without_a_bias_asks_for_its_targets() -> None:
+    x, target = some_inputs(1), torch.tensor([[1.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    outcome = outcome_of(linear(4, bias=False), x, target, Loss("mse"))
+    assert outcome.candidates == ()
+    assert "pass the targets" in outcome.reason
+    (given,) = outcome_of(linear(4, bias=False), x, target, Loss("mse"), labels=target).candidates
+    torch.testing.assert_close(next(iter(given.values.values())), x, rtol=0, atol=1e-8)
+
+
 def test_a_regression_batch_with_its_targets() -> None:
     x, target = some_inputs(2), torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     outcome = outcome_of(linear(6), x, target, Loss("mse"), labels=target)

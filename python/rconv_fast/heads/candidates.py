@@ -133,7 +133,10 @@ def head_candidates(
         return _softmax_outcome(graph, head, rule.weight.dtype, batch_size, labels)
     targets = None if labels is None else torch.as_tensor(labels).to(head.weight).reshape(-1, head.n_classes)
     readings = mse_readings(head, targets) if observation.loss.name == "mse" else logistic_readings(head)
-    return _reading_outcome(graph, step, [r.to(rule.weight.dtype) for r in readings], batch_size)
+    nothing = "a gradient that no sample explains"
+    if observation.loss.name == "mse" and not head.has_bias and targets is None:
+        nothing = "a regression without a bias here, which shows its input up to a factor: pass the targets as labels="
+    return _reading_outcome(graph, step, [r.to(rule.weight.dtype) for r in readings], batch_size, nothing)
 
 
 def _noise_of(observation: Observation, rule: ConvRule) -> tuple[Tensor, Tensor | None] | None:
@@ -148,11 +151,14 @@ def _noise_of(observation: Observation, rule: ConvRule) -> tuple[Tensor, Tensor 
 
 
 def _reading_outcome(
-    graph: Graph, step: Step, readings: Sequence[HeadSeparation], batch_size: int | None
+    graph: Graph, step: Step, readings: Sequence[HeadSeparation], batch_size: int | None, nothing: str
 ) -> HeadOutcome:
-    """The readings of a logistic or regression head, those that the layer before can put out if there are any."""
+    """The readings of a logistic or regression head, those that the layer before can put out if there are any.
+
+    `nothing` is the reason where there is no reading at all.
+    """
     if not readings:
-        return HeadOutcome((), batch_size, None, step.label, "a gradient that no sample explains")
+        return HeadOutcome((), batch_size, None, step.label, nothing)
     agreeing = [r for r in readings if batch_size in (None, r.batch_size)]
     if not agreeing:
         reason = f"a gradient that {readings[0].batch_size} sample explains, where batch_size says {batch_size}"
