@@ -105,7 +105,7 @@ def test_weight_rows_that_are_singular_are_completed_by_the_sketch() -> None:
     system = balance(System(x.shape, (gradient, repeated)), 1.0)
     preconditioner = SketchedDissection.create(system)
     assert preconditioner is not None
-    assert not preconditioner.proven
+    assert preconditioner.factors[0].condition_estimate < 1e6, "damped"
     found = solve(System(x.shape, (gradient, repeated)), solver="hybrid")
     assert found.determined.all()
     assert float((found.x - x).abs().max()) < 1e-9

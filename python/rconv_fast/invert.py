@@ -220,10 +220,8 @@ def _answer(
     bar = match_bar(observation.precision)
 
     def compare(passed: Pass) -> Match:
-        return observation.compare(request.masked_model(graph, passed), passed.values[graph.input], targets)
-
-    def mismatch(passed: Pass) -> float:
-        return compare(passed.repeated(index)).relative
+        whole = passed.repeated(index)
+        return observation.compare(request.masked_model(graph, whole), whole.values[graph.input], targets)
 
     whole = batch_size in (None, len(head.labels))  # else no answer can match all gradients
     if (
@@ -233,10 +231,10 @@ def _answer(
         estimated = _estimated(request, start, observation, report)
         if estimated.good or (estimated.estimate is not None and request.budget.spent):
             return estimated
-    found = recover(graph, grad_logits, known, options, mismatch, bar)
+    found = recover(graph, grad_logits, known, options, compare, bar)
     found = replace(found, passed=found.passed.repeated(index))
     found = _polished(request, graph, found, targets, bar, report)
-    match = compare(found.passed) if graph.input in found.passed.values else None
+    match = found.match
     good = match is not None and within_noise(match, observation.precision, noise_known=bool(observation.noise))
     good = good and request.gradients.steps == 1  # one gradient at other weights than the client's proves nothing
     stop = found.passed.stop
@@ -304,7 +302,7 @@ def _polished(
     report(Event("input", "polish by gradient matching", residual=found.mismatch))
     observation, model = request.observation, request.masked_model(graph, found.passed)
     better = polish(model, observation.gradients, inputs, targets, observation.loss, bar / 3)
-    mismatch = observation.compare(model, better, targets).relative
-    if not mismatch < found.mismatch:
+    match = observation.compare(model, better, targets)
+    if not match.relative < found.mismatch:
         return found
-    return replace(found, passed=found.passed.with_value(graph.input, better), mismatch=mismatch)
+    return replace(found, passed=found.passed.with_value(graph.input, better), match=match)

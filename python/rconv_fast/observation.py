@@ -147,13 +147,11 @@ class Observation:
         for name, seen in self.gradients.items():
             other = found[name]
             difference = (other - seen).double()
-            sigma = self.sigma(name).double()
-            alive = (seen != 0) | (other != 0)
+            sigma = self.sigma(name).double().clamp_min(torch.finfo(torch.float64).tiny)  # 0 / 0 is no mismatch
             miss2 += float(difference.square().sum())
             seen2 += float(seen.double().square().sum())
-            tiny = torch.finfo(torch.float64).tiny
-            chi2 += float((difference[alive] / sigma.expand_as(difference)[alive].clamp_min(tiny)).square().sum())
-            entries += int(alive.sum())
+            chi2 += float((difference / sigma).square().sum())
+            entries += int(torch.count_nonzero((seen != 0) | (other != 0)))
         relative = math.sqrt(miss2 / seen2) if math.isfinite(miss2) and seen2 > 0 else math.inf
         ratio = math.sqrt(chi2 / max(entries, 1)) if math.isfinite(chi2) else math.inf
         return Match(relative, ratio, chi2, entries)

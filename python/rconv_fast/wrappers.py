@@ -210,7 +210,9 @@ def _tensor(tensor: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _attribute(value: Any, memo: dict[int, Any], convert: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of an attribute; the attribute itself where it has none."""
+    """A copy of an attribute; the attribute itself where it has none or needs none."""
+    if value is None or isinstance(value, str | int | float):
+        return value
     _remember_tensors(value, memo, convert)
     try:
         return copy.deepcopy(value, memo)

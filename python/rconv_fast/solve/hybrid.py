@@ -17,7 +17,7 @@ from rconv_fast.solve.dense import PseudoInverse, eigen_seconds
 from rconv_fast.solve.krylov import NO_LIMIT, KrylovResult, Progress, refine
 from rconv_fast.solve.plan import JACOBI, NOISY, Built, Plan, plans
 from rconv_fast.solve.preconditioners import inverse_diagonal
-from rconv_fast.solve.rank import MAX_FACTORED_UNKNOWNS, Accept, Recover, factored_condition, probe, touched
+from rconv_fast.solve.rank import MAX_FACTORED_UNKNOWNS, Accept, Recover, contracts, factored_condition, probe, touched
 from rconv_fast.solve.rows import System, balance
 from rconv_fast.solve.solution import Evidence, Solution
 
@@ -124,6 +124,9 @@ def _what_is_fixed(system: System, best: Attempt, exact: bool, budget: Budget) -
     if exact and system.unknowns <= MAX_FACTORED_UNKNOWNS:
         condition = factored_condition(best.built.system)
         return (held if math.isfinite(condition) else nothing), "cholesky", condition
+    quick = best.result.iterations <= MAX_QUICK_ITERATIONS
+    if quick and contracts(best.built.system, best.built.preconditioner):
+        return held, "cholesky", math.nan
     return probe(best.built.system, _recover(best, budget)), "probe", math.nan
 
 
@@ -184,8 +187,11 @@ def _iterate(plan: Plan, built: Built, rtol: float, budget: Budget, progress: Pr
     )
 
 
-# A probe knows its answer, looks at it every so many iterations, and may take this much longer than the solve:
-# one that held zeros took fewer iterations than a probe, which knows none, needs.
+# A preconditioner that leads to the answer within so many iterations may be near enough to the inverse to prove that
+# there is one.
+MAX_QUICK_ITERATIONS = 12
+# A probe knows its answer, looks at it ten times or more, and may take this much longer than the solve: one that held
+# zeros took fewer iterations than a probe, which knows none, needs.
 PROBE_EVERY, PROBE_PATIENCE, PATIENCE_AFTER_ZEROS = 10, 1.5, 4.0
 
 
@@ -203,7 +209,7 @@ def _recover(attempt: Attempt, budget: Budget) -> Recover:
             rtol=0.0,
             max_iterations=max(PROBE_EVERY, int(attempt.patience * attempt.result.iterations)),
             accept=accept,
-            accept_every=PROBE_EVERY,
+            accept_every=min(PROBE_EVERY, max(1, attempt.result.iterations // PROBE_EVERY)),
             budget=budget,
         ).x
 

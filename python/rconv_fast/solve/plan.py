@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from rconv_fast.solve.conjugate import Preconditioner
-from rconv_fast.solve.dissection.border import is_square, open_directions
+from rconv_fast.solve.dissection.border import winds
 from rconv_fast.solve.dissection.factor import DissectionFactor
 from rconv_fast.solve.dissection.sketch import are_few, sketch_size
 from rconv_fast.solve.phases.solve import count_phases
@@ -126,7 +126,7 @@ def coverage(system: System) -> float:
 
 def _dissection(system: System, _: torch.dtype) -> Built | None:
     dissection = SketchedDissection.create(system)
-    return None if dissection is None else Built(dissection.system, dissection, dissection.proven)
+    return None if dissection is None else Built(dissection.system, dissection)
 
 
 def _dissection_flops(system: System) -> float:
@@ -148,9 +148,11 @@ def _dissection_flops(system: System) -> float:
 
 def _winds(system: System) -> bool:
     """Whether the weight rows are square and leave directions nearly open, which iterations do not find in time."""
+    if _dissection_flops(system) <= JACOBI_FLOPS:
+        return False  # a dissection is tried first anyway
     blocks = [block for block in system.blocks if isinstance(block, WeightRows)]
-    square = len(blocks) == 1 and is_square(blocks[0].geometry) and system.count <= NEARLY_SQUARE * system.unknowns
-    return square and open_directions(blocks[0].geometry, blocks[0].weight) > 0
+    few = len(blocks) == 1 and system.count <= NEARLY_SQUARE * system.unknowns
+    return few and winds(blocks[0].geometry, blocks[0].weight)
 
 
 def _equal_rows(system: System) -> float:

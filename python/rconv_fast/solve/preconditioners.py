@@ -8,16 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rconv_fast.constraints.operators import apply_weight, apply_weight_adjoint
 from rconv_fast.errors import LinAlgError
-from rconv_fast.geometry import ConvGeometry
 from rconv_fast.solve.conjugate import Preconditioner
 from rconv_fast.solve.dense import normal_matrix
 from rconv_fast.solve.dissection.factor import DissectionFactor
 from rconv_fast.solve.dissection.sketch import SketchRows, are_few, each_row, sketch_size
 from rconv_fast.solve.phases.factors import GramFactor
 from rconv_fast.solve.phases.gram import gram_condition, sum_of
-from rconv_fast.solve.rank import norm_bound
 from rconv_fast.solve.rows import GradientRows, System, WeightRows, gradient_part
 
 
@@ -63,9 +60,6 @@ def normal_inverse(system: System) -> Preconditioner | None:
 # Up to this (a lower bound of the) condition number a float32 factor preconditions well; above, the nearly null
 # directions are damped at this share of the columns' squares and left to the sketch.
 MAX_UNDAMPED_CONDITION, DAMPING = 3e5, 1e-10
-# Up to this (an upper bound of the) condition number it proves full rank: float32 QR moves the singular values by far
-# less than 300 roundings of the largest.
-MAX_PROVEN_CONDITION = 3e4
 # Rows of the sketch that are solved with at once: each needs several times its own memory meanwhile.
 TOGETHER = 64
 
@@ -86,15 +80,12 @@ class SketchedDissection:
         Z, in the order of the factors.
     core : Tensor, shape (k, k)
         Cholesky factor of ``I + Z^T Z``.
-    proven : bool
-        Whether the weight rows alone have full rank.
     """
 
     system: System
     factors: list[DissectionFactor]
     z: Tensor
     core: Tensor
-    proven: bool
 
     @classmethod
     def create(cls, system: System) -> SketchedDissection | None:
@@ -105,7 +96,7 @@ class SketchedDissection:
         if not are_few(others, size):
             others = [SketchRows.create(others, size, system.shape, rows.rhs)]
         try:
-            factors, proven = _factor(rows)
+            factors = _factor(rows)
             z = rows.rhs.new_empty(math.prod(system.shape), sum(block.rhs.numel() for block in others))
             first = 0
             for rows_of_u in each_row(others, TOGETHER):
@@ -115,7 +106,7 @@ class SketchedDissection:
             core = torch.linalg.cholesky(torch.eye(z.shape[1]).to(z) + z.mT @ z)
         except LinAlgError:
             return None
-        return cls(System(system.shape, (*others, rows)), factors, z, core, proven)
+        return cls(System(system.shape, (*others, rows)), factors, z, core)
 
     def __call__(self, v: Tensor) -> Tensor:
         """Apply the inverse to v, (B, C, *in)."""
@@ -127,30 +118,19 @@ class SketchedDissection:
         return torch.stack([factor.solve_r(part) for factor, part in zip(self.factors, parts, strict=True)])
 
 
-def _factor(rows: WeightRows) -> tuple[list[DissectionFactor], bool]:
-    """R of each sample, undamped if well conditioned, and whether they prove full rank."""
+def _factor(rows: WeightRows) -> list[DissectionFactor]:
+    """R of each sample, undamped if well conditioned."""
     masks: list[Tensor | None] = list(rows.row_weight)
     scale = 1.0
     if rows.uniform:
         masks, scale = [None], float(rows.row_weight.flatten()[0])
     geometry, weight = rows.geometry, rows.weight * scale
     factors = [DissectionFactor.factor(geometry, weight, mask, dtype=torch.float32) for mask in masks]
-    pairs = list(zip(factors, masks, strict=True))
     if all(f.condition_estimate <= MAX_UNDAMPED_CONDITION and not f.n_untouched for f in factors):
-        return factors, all(_condition_bound(f, geometry, weight, m) <= MAX_PROVEN_CONDITION for f, m in pairs)
-    del factors, pairs  # before the next ones take as much memory
+        return factors
+    del factors  # before the next ones take as much memory
     damping = DAMPING * float(rows.diagonal().max())
-    return [DissectionFactor.factor(geometry, weight, mask, damping=damping) for mask in masks], False
-
-
-def _condition_bound(factor: DissectionFactor, geometry: ConvGeometry, weight: Tensor, mask: Tensor | None) -> float:
-    """Upper bound of the condition number of ``M = diag(w) A``, with ``||M||^2 <= ||M||_1 ||M||_inf``."""
-    size = weight.abs()
-    w = weight.new_ones(1, geometry.out_channels, *geometry.out_size) if mask is None else mask.unsqueeze(0)
-    one = weight.new_ones(1, geometry.in_channels, *geometry.input_size)
-    columns, rows = apply_weight_adjoint(geometry, w, size), apply_weight(geometry, one, size) * w
-    largest = math.sqrt(float(columns.max()) * float(rows.max()))
-    return largest * math.sqrt(norm_bound(factor.solve_normal, one.shape[1:], weight))
+    return [DissectionFactor.factor(geometry, weight, mask, damping=damping) for mask in masks]
 
 
 def _solve_rt(factors: list[DissectionFactor], v: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.layers.activation import ActivationRule
+from rconv_fast.observation import Match
 from rconv_fast.patterns.pattern import Pattern
 from rconv_fast.patterns.threshold import THRESHOLD_FACTOR
 from rconv_fast.progress import Event
@@ -29,11 +31,16 @@ HOPELESS = 0.5
 
 @dataclass(frozen=True)
 class Found:
-    """A pass, the pattern it was made with, and how far its answer is from what was seen (inf without an answer)."""
+    """A pass, the pattern it was made with, and how its answer compares with what was seen (None without an answer)."""
 
     passed: Pass
     pattern: Pattern
-    mismatch: float
+    match: Match | None
+
+    @property
+    def mismatch(self) -> float:
+        """How far the answer is from what was seen, infinite without one."""
+        return math.inf if self.match is None else self.match.relative
 
 
 def passes(graph: Graph, grad_logits: Tensor, known: Known, pattern: Pattern, options: Options) -> tuple[Pass, Pattern]:
@@ -96,22 +103,22 @@ def recover(
     grad_logits: Tensor,
     known: Known,
     options: Options,
-    mismatch: Callable[[Pass], float],
+    compare: Callable[[Pass], Match],
     bar: float,
 ) -> Found:
     """The recursion from one reading of the head; further passes where the forward run corrects the last.
 
     Parameters
     ----------
-    mismatch : callable
-        How far the input that a pass recovered is from what was seen.
+    compare : callable
+        How the input that a pass recovered compares with what was seen.
     bar : float
         The mismatch at which an answer is good.
     """
 
     def follow(pattern: Pattern) -> Found:
         passed, pattern = passes(graph, grad_logits, known, pattern, options)
-        return Found(passed, pattern, _mismatch_of(graph, passed, mismatch))
+        return Found(passed, pattern, _match_of(graph, passed, compare))
 
     best = follow(Pattern())
     for _ in range(MAX_FORWARD_RUNS):
@@ -146,8 +153,8 @@ def _settled(found: Found, bar: float) -> bool:
     return found.mismatch <= bar and found.passed.stop is None
 
 
-def _mismatch_of(graph: Graph, passed: Pass, mismatch: Callable[[Pass], float]) -> float:
-    return mismatch(passed) if graph.input in passed.values else float("inf")
+def _match_of(graph: Graph, passed: Pass, compare: Callable[[Pass], Match]) -> Match | None:
+    return compare(passed) if graph.input in passed.values else None
 
 
 # Equations that fit worse than this were built from a wrong gradient or activation.

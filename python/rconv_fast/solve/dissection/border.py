@@ -30,22 +30,32 @@ def is_square(geometry: ConvGeometry) -> bool:
 def open_directions(geometry: ConvGeometry, weight: Tensor) -> int:
     """``sum_axes mean |winding of det P| * outputs of the other axis``, for a geometry that `is_square`."""
     total = 0.0
-    for axis, grid in enumerate(((ALONG, ACROSS), (ACROSS, ALONG))):
-        determinant = torch.linalg.det(_symbol(geometry, weight, grid))
+    for axis in (0, 1):
+        determinant = torch.linalg.det(_symbol(geometry, weight, axis))
         # the symbol counts from the first tap; the output u stands at the tap that meets x'[u]
-        steps = torch.angle(determinant.roll(-1, axis) / determinant).nan_to_num(0.0)  # a singular symbol does not wind
-        turns = steps.sum(axis) / (2 * math.pi)
+        steps = torch.angle(determinant.roll(-1, 0) / determinant).nan_to_num(0.0)  # a singular symbol does not wind
+        turns = steps.sum(0) / (2 * math.pi)
         shift = -(-geometry.padding[axis] // geometry.stride[axis])
-        total += float((turns + shift * geometry.out_channels).abs().mean()) * geometry.out_size[1 - axis]
+        windings = (turns + shift * geometry.out_channels).abs()
+        mean = float(windings.sum() + windings[1:-1].sum()) / ACROSS  # the frequencies left out are as those kept
+        total += mean * geometry.out_size[1 - axis]
     return round(total)
 
 
-def _symbol(geometry: ConvGeometry, weight: Tensor, grid: tuple[int, int]) -> Tensor:
-    """``P[f, (c, r)](theta) = sum_t W[f, c, t*s + r] exp(-i theta t)`` on a grid of frequencies of both axes."""
+def winds(geometry: ConvGeometry, weight: Tensor) -> bool:
+    """Whether a convolution is square and leaves directions nearly open."""
+    return is_square(geometry) and open_directions(geometry, weight) > 0
+
+
+def _symbol(geometry: ConvGeometry, weight: Tensor, axis: int) -> Tensor:
+    """``P[f, (c, r)](theta) = sum_t W[f, c, t*s + r] exp(-i theta t)``, (ALONG, half of ACROSS, F, C s^2).
+
+    On a grid of frequencies along an axis and across it; of the latter those from 0 to pi, the others are conjugate.
+    """
     (height, width), (rows, columns) = geometry.stride, geometry.kernel_size
     top, left = -geometry.padding[0] % height, -geometry.padding[1] % width
     w = F.pad(weight, (left, -(columns + left) % width, top, -(rows + top) % height))
     w = w.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (F, C, t_y, r_y, t_x, r_x)
-    taps = w.permute(2, 4, 0, 1, 3, 5).flatten(3)
-    symbol: Tensor = torch.fft.fft2(taps.double(), s=grid, dim=(0, 1))
+    taps = w.permute(2 + 2 * axis, 4 - 2 * axis, 0, 1, 3, 5).flatten(3)
+    symbol: Tensor = torch.fft.rfft2(taps.double(), s=(ALONG, ACROSS), dim=(0, 1))
     return symbol

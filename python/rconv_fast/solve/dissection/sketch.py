@@ -14,8 +14,8 @@ from rconv_fast.solve.rows import GradientRows, Rows, WeightRows
 
 # Rows of a sketch for each unknown of a sample's edge, sqrt(unknowns): the directions that a nearly square
 # convolution leaves nearly open live at the border of the picture. Where they can be counted, so many for each and some
-# more.
-ROWS_PER_EDGE, ROWS_PER_DIRECTION, MORE_ROWS = 1.0, 1.2, 50
+# more; they grow from one border to the other, and with fewer outputs than that they have not grown far.
+ROWS_PER_EDGE, ROWS_PER_DIRECTION, MORE_ROWS, FEW_OUTPUTS = 1.0, 1.2, 50, 32
 
 # Combinations are formed so many at a time, as a convolution has an overhead but falls out of the cache.
 MAX_TOGETHER, UNKNOWNS_TOGETHER = 8, 100_000
@@ -25,7 +25,7 @@ def sketch_size(rows: WeightRows) -> int:
     """How many combinations of other rows complete these."""
     g = rows.geometry
     needed = math.ceil(ROWS_PER_EDGE * math.sqrt(g.in_channels * g.n_input))
-    if is_square(g):
+    if is_square(g) and max(g.out_size) > FEW_OUTPUTS:
         needed = max(needed, math.ceil(ROWS_PER_DIRECTION * open_directions(g, rows.weight)) + MORE_ROWS)
     return len(rows.rhs) * needed
 
