@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -392,3 +392,45 @@ def test_steps_are_in_forward_order_with_their_operands() -> None:
         assert step.inputs == (before,)
         assert graph.consumers[before] == [(step.name, 0)]
     assert graph.steps["conv2"].shape == (1, 48, 6, 6)
+
+
+class Skip(nn.Module):
+    """``f(x + g(x))``."""
+
+    def __init__(self, inside: nn.Module, after: nn.Module) -> None:
+        super().__init__()
+        self.inside, self.after = inside, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(x + self.inside(x))
+
+
+def test_every_way_through_residual_blocks_is_gone_once() -> None:
+    """Forty blocks have 2^40 ways through them."""
+    torch.manual_seed(0)
+    blocks = [Skip(nn.Conv2d(6, 6, 1), nn.LeakyReLU(0.2)) for _ in range(40)]
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), *blocks, nn.Flatten(), nn.Linear(24, 5)).double()
+    assert attack(model, photo(4, 1, 1)).result.verified
+
+
+class Outputs(NamedTuple):
+    logits: Tensor
+    auxiliary: Tensor
+
+
+class Auxiliary(nn.Module):
+    """Two heads and a named tuple, as torchvision's GoogLeNet has in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.other = nn.Conv2d(3, 24, 5, 2, 2), nn.Linear(24 * 36, CLASSES), nn.Linear(24 * 36, 4)
+
+    def forward(self, x: Tensor) -> Outputs:
+        x = F.leaky_relu(self.conv(x), 0.2).flatten(1)
+        return Outputs(self.fc(x), self.other(x))
+
+
+def test_logits_in_a_named_tuple_are_read() -> None:
+    model, x = Auxiliary().double(), photo(SIZE)
+    shared = torch.autograd.grad(F.cross_entropy(model(x).logits, torch.tensor([3])), list(model.parameters())[:4])
+    assert invert(model, {**dict(zip(dict(model.named_parameters()), shared, strict=False))}, x.shape[1:]).verified

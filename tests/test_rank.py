@@ -141,6 +141,24 @@ def test_structure_needs_no_numbers_and_leaves_the_model_alone() -> None:
     assert len(model[0]._forward_hooks) == 1
 
 
+class Block(nn.Module):
+    """A residual block whose values are as many as can be read one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x + self.conv(x))
+
+
+def test_deep_networks_are_counted() -> None:
+    with torch.device("meta"):
+        blocks = [Block() for _ in range(300)]
+        model = nn.Sequential(nn.Conv2d(1, 4, 1), *blocks, nn.Flatten(), nn.Linear(64, 10))
+    assert len(rank_analysis(model, (1, 4, 4))) == 302
+
+
 def test_arguments_are_refused_in_one_line() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(20, 10))
     with pytest.raises(ValueError, match=r"rank_analysis: batch_size must be at least 1, got 0"):

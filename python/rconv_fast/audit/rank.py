@@ -229,7 +229,8 @@ class _Count:
                 return self._share(behind)
             case SumRule():
                 others = [operand for operand in step.inputs if operand != name]
-                return self._share(behind) if all(map(self._computable, others)) else 0.0
+                computable = all(self.graph.ahead(self.known, other) is not None for other in others)
+                return self._share(behind) if computable else 0.0
             case rule if rule.hidden and rule.needs_output:  # once its sides are found, it can be inverted
                 return self._share(behind)
             case _:
@@ -240,13 +241,6 @@ class _Count:
         assert isinstance(step.rule, ActivationRule)
         expected = EXPECTED_ALIVE if step.rule.activation.flats else 1.0
         return self.measured.alive.get(step.name, expected)
-
-    def _computable(self, name: str) -> bool:
-        """Whether a tensor follows by running the model forward from known ones."""
-        if name in self.known:
-            return True
-        inputs = self.graph.steps[name].inputs
-        return bool(inputs) and all(map(self._computable, inputs))
 
     def _equations(self, name: str) -> float:
         """Equations for a tensor from its values behind: one a value, or one an average or a pool's window."""

@@ -293,6 +293,8 @@ def function_rule(name: str, call: Call, args: Sequence[Any], kwargs: Mapping[st
     if name in DROPOUT_CALLS:
         bound = _bind(args, kwargs, p=0.5, training=True)
         return DropoutRule(name, bound["p"]) if bound["training"] and bound["p"] > 0 else None
+    if name == "stochastic_depth" and not _bind(args, kwargs, p=0.0, mode="row", training=True)["training"]:
+        return None
     if name in SUM_CALLS and len(call.operands) == 2:
         return _sum_rule(name, call, kwargs)
     if name in SUM_CALLS | SCALE_CALLS and len(call.operands) == 1:

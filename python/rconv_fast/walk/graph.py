@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -98,6 +98,19 @@ class Graph:
         """The same with these masks in its dropouts."""
         steps = {name: _masked(step, masks[name]) if name in masks else step for name, step in self.steps.items()}
         return replace(self, steps=steps)
+
+    def ahead(self, known: Container[str], name: str) -> list[Step] | None:
+        """The steps to run, in order, to have a tensor from known ones; None where a way back ends at the input."""
+        needed, waiting = set(), [name]
+        while waiting:
+            entry = waiting.pop()
+            if entry in known or entry in needed:
+                continue
+            if not self.steps[entry].inputs:
+                return None
+            needed.add(entry)
+            waiting += self.steps[entry].inputs
+        return [step for step in self.steps.values() if step.name in needed]
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Every step's tensor when the model is run on `inputs`."""

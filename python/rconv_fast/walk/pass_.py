@@ -243,14 +243,14 @@ class _Recursion:
 
     def _evaluate(self, name: str) -> Tensor | None:
         """A step's values by running the model forward from what is recovered, or None."""
-        if name in self.values:
-            return self.values[name]
-        step = self.graph.steps[name]
-        operands = [self._evaluate(o) for o in step.inputs]
-        if not operands or any(o is None for o in operands):
+        ahead = self.graph.ahead(self.values, name)
+        if ahead is None:
             return None
+        values = dict(self.values)
         with torch.no_grad():
-            return step.forward(*operands)
+            for step in ahead:
+                values[step.name] = step.forward(*(values[o] for o in step.inputs))
+        return values[name]
 
     def _rows(self, step: Step) -> list[Equations]:
         """The equations that a step's consumers have for it."""
@@ -373,12 +373,12 @@ class _Recursion:
     def _threshold_step(self, step: Step) -> Step | None:
         """The activation with flat pieces whose thresholds shaped a step's gradient, if they are still open."""
         names = [name for name, _ in self.graph.consumers[step.name]]
-        while names:
-            behind = self.graph.steps[names.pop(0)]
+        for name in names:  # which grows: the nearest first, each once
+            behind = self.graph.steps[name]
             if isinstance(behind.rule, ActivationRule) and behind.rule.activation.flats:
                 decided = behind.name in self.pattern.pieces or behind.name in self.pattern.thresholds
                 return None if decided else behind
-            names += [name for name, _ in self.graph.consumers[behind.name]]
+            names += [farther for farther, _ in self.graph.consumers[name] if farther not in names]
         return None
 
     def _snap(self, step: Step) -> None:

@@ -204,6 +204,8 @@ class _Reader:
             return None
         args = fx.node.map_arg(node.args, lambda n: self.env[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: self.env[n])
+        if isinstance(node.target, type) and issubclass(node.target, tuple):
+            return (*args, *kwargs.values())  # a named tuple: several outputs, no layer
         return self._layer(node, args, kwargs)
 
     def _finish(self, returned: Any) -> None:

@@ -78,7 +78,8 @@ def _other_thresholds(
         )
         trial = pattern.with_threshold(chosen, factor)
         other = run_pass(graph, grad_logits, behind, trial, options, until=step)
-        if other.stop is None and other.reports[step].residual < best.reports[step].residual / 2:
+        reached = other.stop is None and step in other.reports  # a contradiction before it ends a pass as well
+        if reached and other.reports[step].residual < best.reports[step].residual / 2:
             best, best_pattern = other, trial
         if best.reports[step].residual <= options.bar:
             break
