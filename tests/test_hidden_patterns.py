@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attacks import Attack, assert_recovered, attack, photo
+from rconv_fast import rank_analysis
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
 from rconv_fast.walk.reader import build_graph
@@ -119,6 +120,20 @@ def test_a_global_average_is_passed_by_packing() -> None:
     )  # fmt: skip
     done = assert_recovered(model, photo(16))
     assert "packing" in done.result.layers[0].patterns
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1)], ids=str)
+def test_two_convolutions_before_a_pool_are_merged(activation: nn.Module) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), activation, nn.Conv2d(32, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16 * 16, 10),
+    )  # fmt: skip
+    counted = rank_analysis(model, (3, 8, 8))
+    assert not any(layer.stops for layer in counted)
+    assert counted[1].pattern.startswith("2 merged with 0")
+    done = assert_recovered(model, photo(8))
+    assert done.result.layers[0].name == "0 + 2"
+    assert "merged" in done.result.layers[0].patterns
 
 
 def test_what_no_pattern_determines_is_said_beforehand() -> None:

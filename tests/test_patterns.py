@@ -25,7 +25,7 @@ from rconv_fast.patterns.least_squares import WeightedSolver, value_gram
 from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.packing import find_columns
 from rconv_fast.patterns.problem import Convolution, Problem, Reading
-from rconv_fast.solve import WeightRows
+from rconv_fast.solve import ThroughRows, WeightRows
 
 POOLS = {
     "1d": nn.MaxPool1d(3, 2, 1),
@@ -92,7 +92,7 @@ class Layer:
 
     @property
     def truth(self) -> Tensor:
-        hidden, convolution = self.problem.hidden, self.problem.convolution
+        hidden, convolution = self.problem.hidden, self.problem.front
         return hidden.choose(convolution.output(self.x))
 
 
@@ -144,16 +144,16 @@ def test_a_layer_behind_a_pool_comes_back_exactly(make: Callable[[], Layer]) -> 
 def test_a_wrong_pattern_is_not_certified() -> None:
     layer = pooled_layer(photo(16, channels=1), 24)
     right = layer.truth
-    assert certify(layer.problem, right) is not None
+    assert certify(layer.problem, right, layer.x) is not None
     b, f, v = layer.problem.hidden.known.nonzero()[7].tolist()
     wrong = right.clone()
     wrong[b, f, v] = (right[b, f, v] + 1) % 4
-    assert certify(layer.problem, wrong) is None
+    assert certify(layer.problem, wrong, layer.x) is None
 
 
 def test_too_few_equations_are_not_certified_by_the_right_pattern() -> None:
     layer = pooled_layer(photo(16), 4)
-    assert certify(layer.problem, layer.truth) is None
+    assert certify(layer.problem, layer.truth, layer.x) is None
 
 
 def test_coordinate_descent_finds_the_positions_at_the_true_input() -> None:
@@ -161,7 +161,7 @@ def test_coordinate_descent_finds_the_positions_at_the_true_input() -> None:
     hidden = layer.problem.hidden
     known = hidden.known
     wrong = torch.where(torch.rand(known.shape) < 0.2, (layer.truth + 1) % 4, layer.truth)
-    found = descend(layer.problem.convolution, hidden, layer.x, wrong, 0.05)
+    found = descend(layer.problem.front, hidden, layer.x, wrong, 0.05)
     before, after = ((p != layer.truth)[known].double().mean() for p in (wrong, found))
     assert after < 0.2 * before
 
@@ -184,11 +184,26 @@ def test_dense_and_iterative_solves_agree(monkeypatch: pytest.MonkeyPatch) -> No
     layer = pooled_layer(photo(12, channels=1), 24)
     reading: Reading = layer.problem.hidden.tight(layer.truth)
     weight = torch.ones(24, dtype=torch.float64)
-    solver = WeightedSolver(layer.problem.convolution)
-    dense = solver.solve(reading, weight, 1e-2, None)
+    solver = WeightedSolver(layer.problem.front)
+    dense = solver.solve(reading, [weight], 1e-2, None)
     monkeypatch.setattr("rconv_fast.patterns.least_squares.MAX_DENSE", 0)
     monkeypatch.setattr("rconv_fast.patterns.least_squares.ITERATIONS", 400)
-    torch.testing.assert_close(solver.solve(reading, weight, 1e-2, None), dense, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(solver.solve(reading, [weight], 1e-2, None), dense, rtol=1e-6, atol=1e-8)
+
+
+def test_rows_through_a_map_are_the_rows_of_what_it_makes() -> None:
+    layer = pooled_layer(photo(8, channels=1), 6)
+    block = layer.problem.front.rows(layer.problem.hidden.tight(layer.truth), layer.x)[1]
+    matrix = torch.randn(64, 5, dtype=torch.float64)
+    constant = torch.randn_like(layer.x)
+    to, back = (lambda v: (matrix @ v).view(1, 1, 8, 8)), (lambda y: matrix.mT @ y.flatten())
+    rows = ThroughRows.create(block, torch.Size((5,)), to, back, constant)
+    v, y = torch.randn(5, dtype=torch.float64), torch.randn_like(block.rhs)
+    torch.testing.assert_close(rows.apply(v) - rows.rhs, block.apply(to(v) + constant) - block.rhs)
+    torch.testing.assert_close((rows.apply(v) * y).sum(), (v * rows.adjoint(y)).sum())
+    torch.testing.assert_close(rows.normal(), rows.scaled(2.0).normal() / 4)
+    assert rows.count == block.count
+    assert rows.to(torch.float32).apply(v.float()).dtype == torch.float32
 
 
 def test_columns_of_a_hidden_matrix_are_found_by_packing() -> None:

@@ -13,6 +13,8 @@ from rconv_fast.walk.graph import Graph, Step
 
 # With fewer rows (gradient constraints and windows) per unknown the positions of a max pooling were in no trial found.
 HOPELESS = 2.0
+# The same of two convolutions merged, all rows of both per value of the first one's input.
+MERGED_HOPELESS = 7.0
 
 
 def is_pool(step: Step) -> bool:
@@ -60,6 +62,23 @@ def hidden_pattern(graph: Graph, layers: Sequence[str], rows_a_value: float) -> 
         if hidden is not None:
             return f"{hidden.rule.kind} in front of a global average hides its pattern: found in most trials"
     return ""
+
+
+def merged_with(graph: Graph, layers: Sequence[str]) -> Step | None:
+    """The convolution that is merged with the one in front of a pooling where that alone has too few equations."""
+    before = graph.steps[graph.steps[layers[0]].inputs[0]] if len(layers) == 1 else None
+    while before is not None and isinstance(before.rule, ActivationRule | AffineRule):
+        before = graph.steps[before.inputs[0]] if len(graph.consumers[before.name]) == 1 else None
+    hidden = _hidden_behind(graph, layers[0]) if before is not None and isinstance(before.rule, ConvRule) else None
+    pooled = hidden is not None and is_pool(hidden) and isinstance(graph.steps[layers[0]].rule, ConvRule)
+    return before if pooled and before is not None and len(graph.consumers[before.name]) == 1 else None
+
+
+def merged_pattern(layer: str, before: str, rows_a_value: float) -> str:
+    """How hard the pattern of two merged convolutions is; empty where it was in no trial found."""
+    if rows_a_value < MERGED_HOPELESS:
+        return ""
+    return f"{layer} merged with {before}: {rows_a_value:.1f} rows per unknown, found in most trials"
 
 
 def _hidden_behind(graph: Graph, name: str) -> Step | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from rconv_fast.audit.hidden import HOPELESS, hidden_pattern, is_pool, is_searched
+from rconv_fast.audit.hidden import HOPELESS, hidden_pattern, is_pool, is_searched, merged_pattern, merged_with
 from rconv_fast.audit.structure import checked_shape, read_structure
 from rconv_fast.audit.tally import PhaseRank, Places, Tally, head_capacity, tally, union
 from rconv_fast.errors import require, require_type
@@ -284,6 +284,9 @@ class _Count:
         gradients = sum(tally.gradients for tally in tallies)
         rows_a_value = (gradients + points + sum(values)) / unknowns
         hidden = hidden_pattern(self.graph, [layer.name for layer in layers], rows_a_value)
+        reason = self._shortfall(step, rank, unknowns, unreached) or hidden * (rows_a_value < HOPELESS)
+        if reason and hidden and (merged := self._merged(layers, gradients + sum(values))):
+            hidden, reason = merged, ""
         named = layers or consumers
         label = " + ".join(layer.label for layer in named)
         counted = LayerRank(
@@ -299,11 +302,19 @@ class _Count:
             equations=equations,
             values=points + sum(values),
             unreached=unreached,
-            reason=self._shortfall(step, rank, unknowns, unreached) or hidden * (rows_a_value < HOPELESS),
+            reason=reason,
             pattern=hidden,
         )
         self.found[named[-1].name] = counted
         return counted
+
+    def _merged(self, layers: list[Step], rows: int) -> str:
+        """How a layer with too few equations of its own is recovered with the convolution before; or nothing."""
+        before = merged_with(self.graph, [layer.name for layer in layers])
+        if before is None:
+            return ""
+        rows += self._tally(before).gradients
+        return merged_pattern(layers[0].label, before.label, rows / self._numel(before.inputs[0]))
 
     def _shortfall(self, step: Step, rank: int, unknowns: int, unreached: int) -> str:
         """Why the recursion stops here, or nothing."""

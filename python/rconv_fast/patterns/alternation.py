@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rconv_fast.budget import Budget
 from rconv_fast.patterns.certificate import Fit, certify, misfit_of, unproven
-from rconv_fast.patterns.least_squares import WeightedSolver
-from rconv_fast.patterns.problem import Problem, Reading
+from rconv_fast.patterns.merged import Solver, solver_of
+from rconv_fast.patterns.problem import Convolution, Problem, Reading
 
 # Weight of the gradient rows in the relaxed start, when one row of either kind counts the same.
 START_GRADIENT = 0.3
@@ -29,6 +29,9 @@ GATE = 1e-3
 # The alternation gives up after so many iterations that do not gain a tenth.
 PATIENCE, GAIN = 8, 0.9
 SMALLEST_SIGMA = 1e-15
+# How often a step is halved that makes the misfit grow by more than this factor, where equations are linear only near
+# the iterate. Positions jump, so a good step may lose a little.
+HALVINGS, WORSE = 4, 1.5
 # Weighted solves behind a certificate, at most.
 REWEIGHTED = 3
 
@@ -67,6 +70,7 @@ SHARP = Schedule("sharp")
 SOFT = Schedule("soft", decay=0.5, quantile=0.7)
 DESCENT = Schedule("descent", descent=True)
 GENTLE = Schedule("gentle", clear=5.0, trust=5.0, decay=0.8)
+MERGED = Schedule("merged", clear=1.0, iterations=45)
 
 
 @dataclass(frozen=True)
@@ -93,27 +97,52 @@ class _State:
 
 def alternate(problem: Problem, schedule: Schedule, budget: Budget, start: Tensor | None = None) -> Attempt:
     """Alternate from a relaxed start (or from `start`) until a pattern is certified or nothing is gained."""
-    solver = WeightedSolver(problem.convolution)
+    solver = solver_of(problem.front)
     state = _State(start)
     refuted: Tensor | None = None
     certified = None
     for iteration in range(schedule.iterations):
-        x = _step(problem, solver, schedule, state, iteration)
-        o = problem.convolution.output(x)
-        pattern = problem.hidden.choose(o)
-        behind, gradients = problem.hidden.misfit(o), problem.gradient_misfit(x, problem.hidden.tight(pattern))
-        state.x = x
-        state.history.append(behind + gradients)
-        if max(behind, gradients) < GATE and (refuted is None or not torch.equal(pattern, refuted)):
-            certified = certify(problem, pattern)
-            refuted = pattern
+        look = _Look.at(problem, _step(problem, solver, schedule, state, iteration))
+        if solver.bends and state.x is not None:
+            look = _back_from(problem, state.x, look, state.history[-1])
+        state.x = look.x
+        state.history.append(look.last)
+        if look.worst < GATE and (refuted is None or not torch.equal(look.pattern, refuted)):
+            certified = certify(problem, look.pattern, look.x)
+            refuted = look.pattern
         if certified is not None or budget.spent or _stalled(state.history):
             break
-    fit = unproven(problem, x) if certified is None else _weighted(problem, solver, schedule, certified)
+    fit = unproven(problem, look.x) if certified is None else _weighted(problem, solver, schedule, certified)
     return Attempt(fit, f"{iteration + 1} iterations")
 
 
-def _weighted(problem: Problem, solver: WeightedSolver, schedule: Schedule, fit: Fit) -> Fit:
+@dataclass(frozen=True)
+class _Look:
+    """A forward run: the input, the pattern, by how much anything is missed, and by how much the last layer's is."""
+
+    x: Tensor
+    pattern: Tensor
+    worst: float
+    last: float
+
+    @classmethod
+    def at(cls, problem: Problem, x: Tensor) -> _Look:
+        o = problem.front.output(x)
+        pattern, behind = problem.hidden.choose(o), problem.hidden.misfit(o)
+        gradients = [miss.relative for miss in problem.front.misses(x, problem.hidden.tight(pattern).g)]
+        return cls(x, pattern, max(behind, *gradients), behind + gradients[0])
+
+
+def _back_from(problem: Problem, x: Tensor, look: _Look, so_far: float) -> _Look:
+    """Half of a step, and half of that, while it loses in the last layer; those before it follow by jumps."""
+    for _ in range(HALVINGS):
+        if look.last < WORSE * so_far:
+            break
+        look = _Look.at(problem, (x + look.x) / 2)
+    return look
+
+
+def _weighted(problem: Problem, solver: Solver, schedule: Schedule, fit: Fit) -> Fit:
     """The certified input with every equation weighed by its own misfit, as long as that brings it nearer.
 
     Equations from rounded gradients differ by orders of magnitude in how well they hold.
@@ -127,41 +156,40 @@ def _weighted(problem: Problem, solver: WeightedSolver, schedule: Schedule, fit:
     return fit
 
 
-def _step(problem: Problem, solver: WeightedSolver, schedule: Schedule, state: _State, iteration: int) -> Tensor:
+def _step(problem: Problem, solver: Solver, schedule: Schedule, state: _State, iteration: int) -> Tensor:
     """One weighted solve, clamped to the range of x."""
-    c, hidden = problem.convolution, problem.hidden
+    front, hidden = problem.front, problem.hidden
     if state.x is None:
         reading = hidden.relaxed()
-        weight = START_GRADIENT * _balance(problem, reading)
+        weights = [START_GRADIENT * _balance(front.last, reading)]
     else:
-        o = c.output(state.x)
+        o = front.output(state.x)
         pattern = hidden.choose(o)
         size = 1.5 * float(torch.quantile(hidden.residual(o, pattern).abs(), schedule.quantile))
         state.sigma = max(size, schedule.floor * state.sigma, SMALLEST_SIGMA)
         if schedule.descent and iteration > 1:
-            pattern = hidden.refined(c, state.x, pattern, state.sigma)
+            pattern = hidden.refined(front.last, front.before_last(state.x), pattern, state.sigma)
         reading = hidden.robust(o, pattern, state.sigma, schedule)
-        weight = _filter_weights(problem, state.x, reading, state.sigma)
-    ridge = (SMOOTH if c.image else SMALL) * schedule.decay**iteration
-    return solver.solve(reading, weight, ridge, state.x).clamp(c.low, c.high)
+        weights = _filter_weights(problem, state.x, reading, state.sigma)
+    ridge = (SMOOTH if front.image else SMALL) * schedule.decay**iteration
+    return solver.solve(reading, weights, ridge, state.x).clamp(front.low, front.high)
 
 
-def _balance(problem: Problem, reading: Reading) -> Tensor:
+def _balance(c: Convolution, reading: Reading) -> Tensor:
     """Weight (F,) that makes the gradient rows' mean diagonal that of the value rows."""
-    c = problem.convolution
     values = float(c.back(reading.weight, c.weight.square()).mean())
     gradients = float(c.back(reading.g.square(), torch.ones_like(c.weight)).mean())
     return c.weight.new_full((len(c.weight),), values / gradients)
 
 
-def _filter_weights(problem: Problem, x: Tensor, reading: Reading, sigma: float) -> Tensor:
-    """``s^2 / (v_f + 0.05 median v)`` (F,), bounded, 0 for a filter without gradient."""
-    c = problem.convolution
-    miss = (c.weight_gradient(x, reading.g) - c.grad_weight).square().flatten(1).mean(1)
-    tiny = torch.finfo(miss.dtype).tiny
-    alive = reading.g.any(-1).any(0)
-    weight = sigma**2 / (miss + FLOOR * miss.median() + tiny)
-    return torch.where(alive, torch.minimum(weight, MOST * _balance(problem, reading)), 0.0)
+def _filter_weights(problem: Problem, x: Tensor, reading: Reading, sigma: float) -> list[Tensor]:
+    """``s^2 / (v_f + 0.05 median v)`` (F,) of each layer, 0 for filters without gradient; bounded in the last."""
+    weights = []
+    for missed in problem.front.misses(x, reading.g):
+        miss = missed.miss.square().flatten(1).mean(1)
+        weight = sigma**2 / (miss + FLOOR * miss.median() + torch.finfo(miss.dtype).tiny)
+        weights.append(torch.where(missed.alive, weight, 0.0))
+    return [torch.minimum(weights[0], MOST * _balance(problem.front.last, reading)), *weights[1:]]
 
 
 def _stalled(history: list[float]) -> bool:

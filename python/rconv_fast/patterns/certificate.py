@@ -26,12 +26,12 @@ class Fit:
         return self.evidence.proof == "pattern"
 
 
-def certify(problem: Problem, pattern: Tensor) -> Fit | None:
-    """Solve all equations under a pattern, every one counting the same; None where something contradicts it.
+def certify(problem: Problem, pattern: Tensor, x: Tensor) -> Fit | None:
+    """Solve all equations under a pattern found at x, every one counting the same; None where something contradicts it.
 
     No more equations than unknowns would leave nothing to contradict.
     """
-    system = problem.system(problem.hidden.tight(pattern))
+    system = problem.system(problem.hidden.tight(pattern), x)
     if system.count <= system.unknowns:
         return None
     solution = solve(system)
@@ -44,14 +44,14 @@ def certify(problem: Problem, pattern: Tensor) -> Fit | None:
 
 def unproven(problem: Problem, x: Tensor) -> Fit:
     """An input that a search ended at."""
-    pattern = problem.hidden.choose(problem.convolution.output(x))
-    system, misfit = problem.system(problem.hidden.tight(pattern)), misfit_of(problem, x)
+    pattern = problem.hidden.choose(problem.front.output(x))
+    system, misfit = problem.system(problem.hidden.tight(pattern), x), misfit_of(problem, x)
     evidence = Evidence(0, system.unknowns, system.count, misfit, math.nan, "", "none", converged=False)
     return Fit(x, pattern, misfit, evidence)
 
 
 def misfit_of(problem: Problem, x: Tensor) -> float:
     """The larger of the relative mismatches of values and gradients, by a forward run of x."""
-    o = problem.convolution.output(x)
+    o = problem.front.output(x)
     seen_again = problem.hidden.tight(problem.hidden.choose(o))
     return max(problem.hidden.misfit(o), problem.gradient_misfit(x, seen_again))

@@ -7,7 +7,7 @@ is shared by all channels of a group, so it is formed and factored once, ``(B n,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -32,22 +32,23 @@ class WeightedSolver:
     """Solves the weighted equations of one convolution, again and again."""
 
     convolution: Convolution
+    bends: bool = False
 
-    def solve(self, reading: Reading, filter_weight: Tensor, ridge: float, start: Tensor | None) -> Tensor:
+    def solve(self, reading: Reading, filter_weights: Sequence[Tensor], ridge: float, start: Tensor | None) -> Tensor:
         """The minimiser.
 
         Parameters
         ----------
         reading : Reading
             g, t and S.
-        filter_weight : Tensor, shape (F,)
+        filter_weights : sequence of one Tensor, shape (F,)
             w.
         ridge : float
             lambda, in units of the mean diagonal t0.
         start : Tensor or None
             Where an iteration starts.
         """
-        c = self.convolution
+        c, (filter_weight,) = self.convolution, filter_weights
         per_filter = filter_weight.reshape(-1, *(1,) * (c.geometry.ndim + 1))
         g = c.as_planes(reading.g * filter_weight.sqrt()[:, None])
         gram = torch.stack([input_gram(c.geometry, g, group) for group in range(c.geometry.groups)])

@@ -74,6 +74,76 @@ class Convolution:
         """The adjoint of both: ``W^T y`` with kernel W, ``B^T y`` with g for y and y as the kernel."""
         return apply_weight_adjoint(self.geometry, self.as_planes(y), kernel)
 
+    @property
+    def last(self) -> Convolution:
+        """Itself."""
+        return self
+
+    def before_last(self, x: Tensor) -> Tensor:
+        """X."""
+        return x
+
+    def misses(self, x: Tensor, g: Tensor) -> list[Miss]:
+        """``B x - dW``, of filters that have a gradient."""
+        return [Miss(self.weight_gradient(x, g) - self.grad_weight, self.grad_weight, g.any(-1).any(0))]
+
+    def rows(self, reading: Reading, x: Tensor) -> tuple[Rows, ...]:
+        """Gradient rows, and a row for every output that is known."""
+        gradients = GradientRows.create(self.geometry, self.grad_weight, self.as_planes(reading.g))
+        output = self.as_planes(reading.target - self.bias[:, None])
+        values = WeightRows.create(self.geometry, self.weight, output, self.as_planes(reading.weight.sqrt()))
+        return (gradients, values) if values.count else (gradients,)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """By how much ``dL/dW`` of a layer is missed, what was seen of it, and which filters have a gradient (F,)."""
+
+    miss: Tensor
+    seen: Tensor
+    alive: Tensor
+
+    @property
+    def relative(self) -> float:
+        """``||miss|| / ||seen||``."""
+        return float(self.miss.norm() / self.seen.norm())
+
+
+class Front(Protocol):
+    """What stands in front of a hidden layer: one convolution, or two merged."""
+
+    @property
+    def shape(self) -> torch.Size:
+        r"""Of the unknown, (B, C, \*in)."""
+
+    @property
+    def low(self) -> float:
+        """Least value of the unknown."""
+
+    @property
+    def high(self) -> float:
+        """Its largest value."""
+
+    @property
+    def image(self) -> bool:
+        """Whether the unknown is the network's input."""
+
+    @property
+    def last(self) -> Convolution:
+        """The convolution right in front of the hidden layer."""
+
+    def before_last(self, x: Tensor) -> Tensor:
+        """Its input."""
+
+    def output(self, x: Tensor) -> Tensor:
+        """What the hidden layer takes, (B, F, U)."""
+
+    def misses(self, x: Tensor, g: Tensor) -> list[Miss]:
+        """Of the gradients of all weights, last layer first; g (B, F, U) the gradient of the output."""
+
+    def rows(self, reading: Reading, x: Tensor) -> tuple[Rows, ...]:
+        """All equations, with what lies between on the pieces of a forward run of x."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -122,21 +192,16 @@ class Hidden(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """A convolution, the hidden pattern behind it, and the relative misfit up to which both are met exactly."""
+    """What stands in front of a hidden layer, its pattern, and the relative misfit up to which both are met exactly."""
 
-    convolution: Convolution
+    front: Front
     hidden: Hidden
     tolerance: float = 1e-10
 
     def gradient_misfit(self, x: Tensor, reading: Reading) -> float:
-        """``||B x - dW|| / ||dW||``."""
-        seen = self.convolution.grad_weight
-        return float((self.convolution.weight_gradient(x, reading.g) - seen).norm() / seen.norm())
+        """``||B x - dW|| / ||dW||``, of the layer that it is largest for."""
+        return max(miss.relative for miss in self.front.misses(x, reading.g))
 
-    def system(self, reading: Reading) -> System:
-        """All equations under a pattern."""
-        c = self.convolution
-        blocks: list[Rows] = [GradientRows.create(c.geometry, c.grad_weight, c.as_planes(reading.g))]
-        output = c.as_planes(reading.target - c.bias[:, None])
-        values = WeightRows.create(c.geometry, c.weight, output, c.as_planes(reading.weight.sqrt()))
-        return System(c.shape, (*blocks, values) if values.count else tuple(blocks))
+    def system(self, reading: Reading, x: Tensor) -> System:
+        """All equations under a pattern; what the front hides itself is on the pieces of a forward run of x."""
+        return System(self.front.shape, self.front.rows(reading, x))

@@ -9,13 +9,14 @@ from rconv_fast.memory import available_bytes, require_memory
 from rconv_fast.solve.curved import CurvedSystem, place_by_zeros, solve_curved
 from rconv_fast.solve.hybrid import solve_hybrid
 from rconv_fast.solve.krylov import NO_LIMIT, Progress
+from rconv_fast.solve.map_rows import MapRows, ThroughRows
 from rconv_fast.solve.nonnegative import solve_nonnegative
 from rconv_fast.solve.norm_conv import NormalisedConv
 from rconv_fast.solve.normalised import NormSets
 from rconv_fast.solve.phases.solve import count_phases, direct_bytes, solve_by_phases
 from rconv_fast.solve.precision import in_exact_products
 from rconv_fast.solve.prior import PRIORS, apply_prior
-from rconv_fast.solve.rows import GradientRows, MapRows, PointRows, Rows, System, WeightRows, norm
+from rconv_fast.solve.rows import GradientRows, PointRows, Rows, System, WeightRows, norm
 from rconv_fast.solve.solution import Evidence, HasEvidence, Solution
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Rows",
     "Solution",
     "System",
+    "ThroughRows",
     "WeightRows",
     "apply_prior",
     "norm",

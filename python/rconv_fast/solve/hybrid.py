@@ -15,6 +15,7 @@ from rconv_fast.budget import Budget
 from rconv_fast.solve.active import solve_with_zeros
 from rconv_fast.solve.dense import PseudoInverse, eigen_seconds
 from rconv_fast.solve.krylov import NO_LIMIT, KrylovResult, Progress, refine
+from rconv_fast.solve.map_rows import ThroughRows
 from rconv_fast.solve.plan import JACOBI, NOISY, Built, Plan, plans
 from rconv_fast.solve.preconditioners import inverse_diagonal
 from rconv_fast.solve.rank import MAX_FACTORED_UNKNOWNS, Accept, Recover, contracts, factored_condition, probe, touched
@@ -62,7 +63,8 @@ def solve_hybrid(
     n = math.prod(system.shape)
     open_anyway = system.count < system.unknowns
     largest = MAX_DENSE_OPEN_UNKNOWNS if open_anyway else MAX_DENSE_UNKNOWNS
-    exact = n <= largest and eigen_seconds(n) <= budget.left
+    by_products = any(isinstance(block, ThroughRows) for block in system.blocks)  # a product for each column
+    exact = n <= largest and eigen_seconds(n) <= budget.left and not by_products
     if exact and open_anyway:
         return _solve_dense(balance(system, 1.0), rtol)
     best = _best_attempt(system, rtol, max_iterations, nonnegative, budget, progress)

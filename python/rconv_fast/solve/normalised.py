@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve.rows import GradientRows, normal_by_columns
+from rconv_fast.solve.map_rows import normal_by_columns
+from rconv_fast.solve.rows import GradientRows
 
 
 @dataclass(frozen=True)

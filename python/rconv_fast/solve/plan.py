@@ -24,10 +24,11 @@ from rconv_fast.solve.conjugate import Preconditioner
 from rconv_fast.solve.dissection.border import winds
 from rconv_fast.solve.dissection.factor import DissectionFactor
 from rconv_fast.solve.dissection.sketch import are_few, sketch_size
+from rconv_fast.solve.map_rows import MapRows, ThroughRows
 from rconv_fast.solve.phases.solve import count_phases
 from rconv_fast.solve.precision import float32_is_exact
 from rconv_fast.solve.preconditioners import SketchedDissection, gradient_blocks, jacobi, normal_inverse, phase_cholesky
-from rconv_fast.solve.rows import MapRows, System, WeightRows, gradient_part
+from rconv_fast.solve.rows import System, WeightRows, gradient_part
 
 # Share of a channel's unknowns that the gradient rows must cover for factoring them to pay.
 GRADIENT_COVERAGE = 0.6
@@ -97,7 +98,9 @@ def _worth_inverting(system: System) -> bool:
     like = system.rhs[0]
     if system.support is not None or like.dtype != torch.float64:
         return False
-    if any(isinstance(block, MapRows) for block in system.blocks):  # known by products only, one for each column
+    if any(
+        isinstance(block, MapRows | ThroughRows) for block in system.blocks
+    ):  # known by products only, one for each column
         return False
     return system.unknowns <= MAX_INVERTED_UNKNOWNS.get(like.device.type, 0) and system.count >= system.unknowns
 

@@ -8,7 +8,7 @@ times a number and in another dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -256,67 +256,6 @@ class PointRows:
     def to(self, dtype: torch.dtype) -> PointRows:
         """The block in another dtype."""
         return PointRows(self.row_weight.to(dtype), self.rhs.to(dtype))
-
-
-@dataclass(frozen=True)
-class MapRows:
-    """Rows of any other linear map (average pooling, padding), given as a function and its adjoint."""
-
-    forward: Callable[[Tensor], Tensor]
-    shape: torch.Size
-    row_weight: Tensor
-    rhs: Tensor
-
-    @classmethod
-    def create(
-        cls, forward: Callable[[Tensor], Tensor], shape: torch.Size, value: Tensor, row_weight: Tensor
-    ) -> MapRows:
-        """Rows ``w forward(x) = w value`` for x of the given shape."""
-        return cls(forward, shape, row_weight, torch.where(row_weight > 0, value, 0.0) * row_weight)
-
-    @cached_property
-    def count(self) -> int:
-        """Known outputs of the map."""
-        return int((self.row_weight > 0).sum())
-
-    def apply(self, x: Tensor) -> Tensor:
-        """``w M x``."""
-        with torch.no_grad():  # the map may hold the model's parameters
-            return self.forward(x) * self.row_weight
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """``M^T w y``."""
-        with torch.enable_grad():
-            x = y.new_zeros(self.shape).requires_grad_()
-            (gradient,) = torch.autograd.grad(self.forward(x), x, y * self.row_weight)
-        return gradient
-
-    def diagonal(self) -> Tensor:
-        """The mean of the diagonal: ``E ||w M v||^2 / n`` over random signs v."""
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, self.shape, generator=generator).to(self.rhs) * 2 - 1
-        return self.apply(signs).square().sum() / signs.numel()
-
-    def normal(self) -> Tensor:
-        """``M^T w^2 M``, column by column."""
-        return normal_by_columns(self, self.shape, self.rhs)
-
-    def scaled(self, factor: float) -> MapRows:
-        """The block times `factor`."""
-        return replace(self, row_weight=self.row_weight * factor, rhs=self.rhs * factor)
-
-    def to(self, dtype: torch.dtype) -> MapRows:
-        """The block in another dtype; the map, which may hold parameters, is computed in its own."""
-        own = self.rhs.dtype
-        return MapRows(
-            lambda x: self.forward(x.to(own)).to(dtype), self.shape, self.row_weight.to(dtype), self.rhs.to(dtype)
-        )
-
-
-def normal_by_columns(block: Rows, shape: torch.Size, like: Tensor) -> Tensor:
-    """``M^T M`` (n, n) of a block for unknowns of this shape, from one product with each unit vector."""
-    units = torch.eye(math.prod(shape), dtype=like.dtype, device=like.device)
-    return torch.stack([block.adjoint(block.apply(unit.view(shape))).flatten() for unit in units])
 
 
 @dataclass(frozen=True)
