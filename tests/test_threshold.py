@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rconv_fast.layers import activation
 from rconv_fast.layers.activation import Activation
-from rconv_fast.patterns.threshold import Snapped, snap
+from rconv_fast.patterns.threshold import OTHER_FACTORS, THRESHOLD_FACTOR, Snapped, snap
 
 EPS = {torch.float64: 2**-52, torch.float32: 2**-23}
 KINDS = {
@@ -75,6 +75,25 @@ def test_the_threshold_is_never_below_the_rounding_of_the_gradients() -> None:
     assert found.threshold >= 4 * precision * float(layer.recovered.max())
     assert layer.wrong_sides(found.value) == 0
     assert layer.wrong_sides(layer.snap(None).value) > 100, "the case is one where the precision decides"
+
+
+def test_noise_that_held_zeros_hide_is_found_by_the_bias_gradients() -> None:
+    """A solve that held most zeros at exactly 0 leaves others above three times what is negative."""
+    layer = make_layer("ReLU", 1e-12)
+    zeros = (layer.a == 0).nonzero()[::4]
+    layer.recovered[tuple(zeros.T)] = 2e-11
+    decided = snap(layer.kind, layer.recovered, layer.grad, layer.grad_bias, precision=EPS[torch.float64])
+    assert layer.wrong_sides(decided.value) > 10
+    found = snap(
+        layer.kind,
+        layer.recovered,
+        layer.grad,
+        layer.grad_bias,
+        precision=EPS[torch.float64],
+        others=OTHER_FACTORS,
+    )
+    assert layer.wrong_sides(found.value) == 0
+    assert found.factor > THRESHOLD_FACTOR
 
 
 def bury(layer: Layer, index: tuple[int, ...], size: float) -> None:

@@ -12,6 +12,7 @@ so a filter with a wrong unit j misses its bias gradient by exactly ``dL/da_j`` 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,18 +20,21 @@ from torch import Tensor
 
 from rconv_fast.layers.activation import Activation
 
-# The noise of the negative values bounds that of the positive ones up to chance; a factor of three covers it.
+# The noise of the negative values bounds that of the positive ones up to chance; a factor of three covers it. A solve
+# that held zeros at 0 shows less noise than there is: other factors, where the equations contradict the first.
 THRESHOLD_FACTOR = 3.0
+OTHER_FACTORS = (1.0, 30.0, 0.1, 300.0)
 # Units tried, alone and in pairs, to explain the bias gradient a filter misses: the closest to the threshold.
 CANDIDATES = 48
 
 
 @dataclass(frozen=True)
 class Snapped:
-    """Cleaned activations, the threshold, the largest relative mismatch of a bias gradient (or None)."""
+    """Cleaned activations, the threshold (and in units of the noise), the largest mismatch of a bias gradient."""
 
     value: Tensor
     threshold: float
+    factor: float
     mismatch: float | None
     toggled: int
 
@@ -43,6 +47,7 @@ def snap(
     *,
     precision: float,
     factor: float = THRESHOLD_FACTOR,
+    others: Sequence[float] = (),
 ) -> Snapped:
     """Put every value on its side of the kinks.
 
@@ -56,16 +61,57 @@ def snap(
         Relative rounding of the shared gradients (2^-52 for float64).
     factor : float
         Threshold in units of the noise.
+    others : sequence of float
+        Factors tried where that one contradicts bias gradients; the one that contradicts the fewest is taken.
     """
     scale = float(a.abs().max())
     noise = max(_excess(activation, a), 4 * precision * scale)
-    threshold = factor * noise
+    value = _above(activation, a, factor * noise)
+    if grad_bias is None or not activation.kinks:
+        return Snapped(value, factor * noise, factor, None, 0)
+    sums = _BiasSums(activation, grad, grad_bias, precision)
+    missed = sums.missed(value)
+    for other in others:
+        if missed == 0:
+            break
+        trial = _above(activation, a, other * noise)
+        if sums.missed(trial) < missed:
+            factor, value, missed = other, trial, sums.missed(trial)
+    value, mismatch, toggled = _match_bias(a, value, sums, factor * noise)
+    return Snapped(value, factor * noise, factor, mismatch, toggled)
+
+
+def _above(activation: Activation, a: Tensor, threshold: float) -> Tensor:
+    """Values inside the activation's range, flat where they are within the threshold of a flat piece."""
     value = a.clamp(activation.low, activation.high)
     for flat in activation.flats:
         value = torch.where((a - flat).abs() <= threshold, flat, value)
-    if grad_bias is None or not activation.kinks:
-        return Snapped(value, threshold, None, 0)
-    return _match_bias(activation, a, value, grad, grad_bias, threshold, precision)
+    return value
+
+
+@dataclass(frozen=True)
+class _BiasSums:
+    """What the bias gradients say of the sides: ``db[f] = sum_{b,u} A'(a) dL/da``."""
+
+    activation: Activation
+    grad: Tensor
+    grad_bias: Tensor
+    precision: float
+
+    def terms(self, value: Tensor) -> Tensor:
+        """``A'(a) dL/da`` by channel, (F, B*...)."""
+        return _by_channel(self.grad * self.activation.derivative(value))
+
+    def missing(self, terms: Tensor) -> tuple[Tensor, Tensor]:
+        """What the sum of each filter's terms misses, (F,), and what it may miss by rounding."""
+        size = terms.abs().sum(dim=1)
+        tolerance = 64 * self.precision * (size + self.grad_bias.abs()) + 1e-12 * float(size.max())
+        return self.grad_bias - terms.sum(dim=1), tolerance
+
+    def missed(self, value: Tensor) -> int:
+        """Filters whose bias gradient the values contradict."""
+        missing, tolerance = self.missing(self.terms(value))
+        return int(torch.count_nonzero(missing.abs() > tolerance))
 
 
 def _excess(activation: Activation, a: Tensor) -> float:
@@ -75,22 +121,16 @@ def _excess(activation: Activation, a: Tensor) -> float:
     return max(below, above, 0.0)
 
 
-def _match_bias(
-    activation: Activation,
-    a: Tensor,
-    value: Tensor,
-    grad: Tensor,
-    grad_bias: Tensor,
-    threshold: float,
-    precision: float,
-) -> Snapped:
-    """Toggle the few units that explain the bias gradients the thresholds leave unexplained."""
+def _match_bias(a: Tensor, value: Tensor, sums: _BiasSums, threshold: float) -> tuple[Tensor, float, int]:
+    """Toggle the few units that explain the bias gradients the thresholds leave unexplained.
+
+    Returns the values, the largest relative mismatch that is left, and how many were toggled.
+    """
+    activation = sums.activation
     other = _other_side(activation, a, value, threshold)
-    g = _by_channel(grad * activation.derivative(value))
-    jump = _by_channel(grad * activation.derivative(other)) - g
-    missing = grad_bias - g.sum(dim=1)
-    size = g.abs().sum(dim=1)
-    tolerance = 64 * precision * (size + grad_bias.abs()) + 1e-12 * float(size.max())
+    g = sums.terms(value)
+    jump = sums.terms(other) - g
+    missing, tolerance = sums.missing(g)
     distance = _by_channel(_distance(activation, a, threshold))
     flips = torch.zeros_like(g, dtype=torch.bool)
     for f in torch.nonzero(missing.abs() > tolerance).flatten().tolist():
@@ -100,8 +140,8 @@ def _match_bias(
         flips[f, near[units]] = True
         missing[f] -= float(jump[f, near[units]].sum())
     flips = flips.reshape(value.transpose(0, 1).shape).transpose(0, 1)
-    mismatch = float((missing.abs() / (size + torch.finfo(a.dtype).tiny)).max())
-    return Snapped(torch.where(flips, other, value), threshold, mismatch, int(flips.sum()))
+    mismatch = float((missing.abs() / (g.abs().sum(dim=1) + torch.finfo(a.dtype).tiny)).max())
+    return torch.where(flips, other, value), mismatch, int(flips.sum())
 
 
 def _by_channel(t: Tensor) -> Tensor:

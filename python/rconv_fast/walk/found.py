@@ -31,10 +31,11 @@ class Stop:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Equations of `step` that do not fit each other, and the activation `chosen` whose thresholds shaped them."""
+    """Equations of `step` that do not fit each other, the activation `chosen` whose thresholds shaped them, by what."""
 
     step: str
     chosen: str
+    factor: float
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.norm import NormRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.patterns.pattern import Pattern
-from rconv_fast.patterns.threshold import THRESHOLD_FACTOR, snap
+from rconv_fast.patterns.threshold import OTHER_FACTORS, THRESHOLD_FACTOR, snap
 from rconv_fast.progress import Event
 from rconv_fast.solve import (
     CurvedSystem,
@@ -98,6 +98,7 @@ class _Recursion:
         self.given = known
         self.values: dict[str, Tensor] = {}
         self.raw: dict[str, Tensor] = {}
+        self.factors: dict[str, float] = {}
         self.grads = {graph.output: grad_logits.reshape(graph.steps[graph.output].shape)}
         self.determined = dict(known.determined)
         self.reports = dict(known.reports)
@@ -290,7 +291,7 @@ class _Recursion:
         best = self._solve_once(system, step, label)
         contradicts = best.residual > self.options.bar and best.converged and best.rows > best.unknowns
         if contradicts and chosen is not None:
-            self.contradiction = Contradiction(step.name, chosen.name)
+            self.contradiction = Contradiction(step.name, chosen.name, self.factors.get(chosen.name, THRESHOLD_FACTOR))
         if self.options.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
             self.options.progress(Event(label, f"prior {self.options.prior}"))
             if isinstance(system, CurvedSystem):
@@ -393,14 +394,17 @@ class _Recursion:
         if piece is not None:
             self.values[step.name] = _impose(rule, raw, piece)
             return
-        self.values[step.name] = snap(
+        decided = step.name in self.pattern.thresholds
+        snapped = snap(
             rule.activation,
             raw,
             self.grads[step.name],
             self._grad_bias(step),
             precision=self.options.precision,
             factor=self.pattern.thresholds.get(step.name, THRESHOLD_FACTOR),
-        ).value
+            others=() if decided else OTHER_FACTORS,
+        )
+        self.values[step.name], self.factors[step.name] = snapped.value, snapped.factor
 
     def _with_zeros(self, step: Step) -> Tensor:
         """A dropout's output, its zeros exact."""

@@ -12,15 +12,13 @@ from torch import Tensor
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.observation import Match
 from rconv_fast.patterns.pattern import Pattern
-from rconv_fast.patterns.threshold import THRESHOLD_FACTOR
+from rconv_fast.patterns.threshold import OTHER_FACTORS, THRESHOLD_FACTOR
 from rconv_fast.progress import Event
 from rconv_fast.walk.found import Known, Options, Pass
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.hidden import find_pattern
 from rconv_fast.walk.pass_ import run_pass
 
-# Thresholds tried, in units of the noise, when a layer's equations contradict the first choice.
-RETRY_FACTORS = (1.0, 30.0, 0.1, 300.0)
 # Forward runs of the answer: each either halves the mismatch or is the last one.
 MAX_FORWARD_RUNS = 6
 # Maxima this near, in roundings of the gradients, may be equal.
@@ -71,8 +69,11 @@ def _other_thresholds(
     step, chosen = passed.contradiction.step, passed.contradiction.chosen
     names = list(graph.steps)
     behind = passed.known(names[names.index(chosen) :])
-    best, best_pattern = passed, pattern.with_threshold(chosen, pattern.thresholds.get(chosen, THRESHOLD_FACTOR))
-    for factor in RETRY_FACTORS:
+    used = passed.contradiction.factor
+    best, best_pattern = passed, pattern.with_threshold(chosen, used)
+    for factor in (THRESHOLD_FACTOR, *OTHER_FACTORS):
+        if factor == used:
+            continue
         options.progress(
             Event(passed.reports[step].name, f"retry with another threshold at {graph.steps[chosen].label}")
         )
