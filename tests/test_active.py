@@ -89,3 +89,31 @@ def test_holding_zeros_proves_nothing() -> None:
     found = solve(System(x.shape, (blind, same)), solver="hybrid", nonnegative=True)
     assert not found.determined[:, :2].any()
     assert found.rank < found.unknowns
+
+
+def mostly_known(hidden: int) -> tuple[Tensor, System]:
+    """Outputs that suffice but for a corner of `hidden` squared of them, and a few gradient rows."""
+    torch.manual_seed(hidden)
+    g = make((2, 16), (48, 48), 3, stride=2, padding=1)
+    x, weight = torch.randn(1, 2, 48, 48, **DOUBLE), torch.randn(16, 2, 3, 3, **DOUBLE)
+    output, grad = apply_weight(g, x, weight), torch.randn(1, 16, 24, 24, **DOUBLE)
+    known = torch.ones_like(output)
+    known[..., :hidden, :hidden] = 0
+    gradient = GradientRows.create(g, apply_gradient(g, x, grad), grad)
+    return x, System(x.shape, (gradient, WeightRows.create(g, weight, output, known)))
+
+
+def test_a_few_gradient_rows_are_left_out_where_the_outputs_suffice() -> None:
+    x, system = mostly_known(0)
+    found = solve(system, solver="hybrid")
+    assert found.solver == "cgls+jacobi of outputs+float32"
+    assert found.determined.all()
+    assert float((found.x - x).abs().max()) < 1e-9
+
+
+def test_what_the_outputs_leave_open_gradient_rows_fix() -> None:
+    x, system = mostly_known(3)
+    found = solve(system, solver="hybrid")
+    assert found.solver == "cgls+jacobi+float32"
+    assert found.determined.all()
+    assert float((found.x - x).abs().max()) < 1e-7

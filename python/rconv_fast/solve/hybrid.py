@@ -6,6 +6,7 @@ What the plan (`rconv_fast.solve.plan`) proposes is carried out until one way co
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from rconv_fast.solve.active import solve_with_zeros
 from rconv_fast.solve.dense import PseudoInverse, eigen_seconds
 from rconv_fast.solve.krylov import NO_LIMIT, KrylovResult, Progress, refine
 from rconv_fast.solve.map_rows import ThroughRows
-from rconv_fast.solve.plan import JACOBI, NOISY, Built, Plan, plans
+from rconv_fast.solve.plan import JACOBI, NOISY, OUTPUTS, Built, Plan, plans
 from rconv_fast.solve.preconditioners import inverse_diagonal
 from rconv_fast.solve.rank import MAX_FACTORED_UNKNOWNS, Accept, Recover, contracts, factored_condition, probe, touched
 from rconv_fast.solve.rows import System, balance
@@ -31,6 +32,8 @@ REPLACEMENT, MIXED_REPLACEMENT = 1e-9, 0.02
 MIXED_ENOUGH = 1e-12
 # Systems with more unknowns than this are solved to this residual: the last digits would cost a tenth of the time.
 LARGE_UNKNOWNS, LARGE_RTOL = 100_000, 1e-13
+# Rows that were left out of the iteration hold up to this many times the residual of the others.
+LEFT_OUT = 10.0
 # Holding zeros leads to the answer within so many iterations, or not at all.
 MAX_ITERATIONS_WITH_ZEROS = 400
 
@@ -44,6 +47,10 @@ class Attempt:
     result: KrylovResult
     residual: float
     patience: float
+
+    def fits(self, rtol: float) -> bool:
+        """Whether rows that were left out hold as well as the others."""
+        return self.plan.way is not OUTPUTS or self.residual <= LEFT_OUT * max(self.result.residual, rtol)
 
 
 def solve_hybrid(
@@ -67,9 +74,12 @@ def solve_hybrid(
     exact = n <= largest and eigen_seconds(n) <= budget.left and not by_products
     if exact and open_anyway:
         return _solve_dense(balance(system, 1.0), rtol)
-    best = _best_attempt(system, rtol, max_iterations, nonnegative, budget, progress)
-    determined, proof, condition = _what_is_fixed(system, best, exact, budget)
-    full = bool(determined.all())
+    for proposed in (plans(system, rtol, max_iterations), plans(system, rtol, max_iterations, all_rows=True)):
+        best = _best_attempt(system, proposed, rtol, nonnegative, budget, progress)
+        determined, proof, condition = _what_is_fixed(system, best, exact, budget)
+        full = bool(determined.all())
+        if full or best.plan.way is not OUTPUTS:  # else the rows that were left out may fix the rest
+            break
     if exact and not full:  # for the rank itself, and the minimum norm
         return _solve_dense(balance(system, 1.0), rtol)
     evidence = Evidence(
@@ -88,8 +98,8 @@ def solve_hybrid(
 
 def _best_attempt(
     system: System,
+    proposed: Iterator[Plan],
     rtol: float,
-    max_iterations: int | None,
     nonnegative: bool,
     budget: Budget,
     progress: Progress | None,
@@ -97,7 +107,7 @@ def _best_attempt(
     """The first way that converges, or else the one with the smallest residual."""
     zeros = nonnegative and rtol < NOISY and system.count >= system.unknowns
     attempts: list[Attempt] = []
-    for plan in plans(system, rtol, max_iterations):
+    for plan in proposed:
         if attempts and budget.spent:
             break
         balanced = balance(system, plan.way.gradient_weight(system))
@@ -105,12 +115,12 @@ def _best_attempt(
         if built is None:
             continue
         result, patience = None, PROBE_PATIENCE
-        if zeros and plan.way is JACOBI and plan.mixed:
+        if zeros and plan.way in (JACOBI, OUTPUTS) and plan.mixed:
             result, patience = _iterate_with_zeros(plan, built, rtol, budget, progress), PATIENCE_AFTER_ZEROS
         if result is None:
             result, patience = _iterate(plan, built, rtol, budget, progress), PROBE_PATIENCE
         attempts.append(Attempt(plan, built, result, balanced.residual(result.x), patience))
-        if result.converged:
+        if result.converged and attempts[-1].fits(rtol):
             return attempts[-1]
     return min(attempts, key=lambda attempt: attempt.residual)
 

@@ -8,6 +8,7 @@ the preconditioner costs before the first:
   unknowns, shared by all channels, leaves few iterations for the weight rows;
 * `DISSECTION` when the weight rows are nearly square, hence ill-conditioned, and their factor is cheap: with a sketch
   of the gradient rows it inverts the system up to rounding, and a few iterations suffice;
+* `OUTPUTS` when the gradient rows are few beside the others, which suffice: what they add is not worth their products;
 * `JACOBI` otherwise, in float32 for large systems; where it has not converged when it has cost as much as a dissection
   would, the dissection takes over.
 """
@@ -40,6 +41,9 @@ NEARLY_SQUARE = 1.6
 MAX_DISSECTION_FLOPS, MAX_DISSECTION_BYTES = 1e12, 3e9
 # What iterations by Jacobi may cost before a dissection is worth it.
 JACOBI_FLOPS = 5e9
+# Known outputs an unknown from which gradient rows, up to this share of them, are left out of the iteration, and the
+# share of all iterations that this is given.
+ENOUGH_OUTPUTS, FEW_GRADIENTS, OUTPUTS_SHARE = 1.35, 0.1, 8
 # Largest system whose normal matrix is inverted; on a CPU the other ways are faster from a few hundred values on.
 MAX_INVERTED_UNKNOWNS = {"cpu": 0, "cuda": 4096}
 # Above this many unknowns the inner iterations run in float32 (four times faster convolutions on a CPU).
@@ -158,6 +162,19 @@ def _winds(system: System) -> bool:
     return few and winds(blocks[0].geometry, blocks[0].weight)
 
 
+def without_gradients(system: System) -> System:
+    """The other rows alone."""
+    return System(system.shape, tuple(b for b in system.blocks if gradient_part(b) is None), system.support)
+
+
+def _outputs_suffice(system: System) -> bool:
+    """Whether a system is large, and rows other than the few of the gradients suffice by their count."""
+    if system.unknowns < MIXED_PRECISION_UNKNOWNS:
+        return False
+    others = without_gradients(system).count
+    return others >= ENOUGH_OUTPUTS * system.unknowns and 0 < system.count - others <= FEW_GRADIENTS * others
+
+
 def _equal_rows(system: System) -> float:
     """The weight that gives gradient rows the size of the other rows.
 
@@ -186,7 +203,14 @@ JACOBI = Way(
     gradient_weight=_equal_rows,
     mixes=True,
 )
-WAYS = (INVERSE, PHASE_CHOLESKY, DISSECTION, JACOBI)
+OUTPUTS = Way(
+    "jacobi of outputs",
+    lambda system, dtype: Built(without_gradients(system), jacobi(without_gradients(system), dtype)),
+    available=lambda system: _outputs_suffice(system),
+    cost=lambda system, exact: JACOBI.cost(system, exact) if exact else math.inf,
+    mixes=True,
+)
+WAYS = (INVERSE, PHASE_CHOLESKY, DISSECTION, OUTPUTS, JACOBI)
 
 
 @dataclass(frozen=True)
@@ -203,7 +227,7 @@ class Plan:
         return f"cgls+{self.way.name}" + ("+float32" if self.mixed else "")
 
 
-def plans(system: System, rtol: float, max_iterations: int | None = None) -> Iterator[Plan]:
+def plans(system: System, rtol: float, max_iterations: int | None = None, *, all_rows: bool = False) -> Iterator[Plan]:
     """The plans for a system, cheapest first; the next is for when the last could not be built or did not converge."""
     mixed = system.unknowns >= MIXED_PRECISION_UNKNOWNS and float32_is_exact(system.rhs[0].device)
     most = MAX_MIXED_ITERATIONS if system.unknowns >= MIXED_PRECISION_UNKNOWNS else MAX_ITERATIONS
@@ -211,7 +235,8 @@ def plans(system: System, rtol: float, max_iterations: int | None = None) -> Ite
         most = MAX_OPEN_ITERATIONS
     most = most if max_iterations is None else min(most, max_iterations)
     exact = rtol < NOISY
-    ways = sorted((way for way in WAYS if way.available(system)), key=lambda way: way.cost(system, exact))
+    open_ways = [way for way in WAYS if way.available(system) and not (all_rows and way is OUTPUTS)]
+    ways = sorted(open_ways, key=lambda way: way.cost(system, exact))
     for way in ways:
-        share = 2 if way is JACOBI and way is not ways[-1] else 1
+        share = OUTPUTS_SHARE if way is OUTPUTS else 2 if way is JACOBI and way is not ways[-1] else 1
         yield Plan(way, mixed and way.mixes, most // share)
