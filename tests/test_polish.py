@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rconv_fast.polish import _gauss_newton_step, polish
+from rconv_fast.estimate.gradient_map import GradientMap
+from rconv_fast.losses import Loss
+from rconv_fast.polish import _step, polish
 
 LABELS = torch.tensor([3])
 
@@ -23,21 +25,22 @@ def gradients_at(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(F.cross_entropy(model(x), LABELS), parameters), strict=True))
 
 
+def problem_of(model: nn.Module, seen: dict[str, Tensor], targets: Tensor, loss: str = "cross_entropy") -> GradientMap:
+    """With a noise of one unit in each gradient's root mean square: none counts more than another."""
+    live = {name: g for name, g in seen.items() if bool(g.any())}
+    sigma = {name: g.square().mean().sqrt() for name, g in live.items()}
+    return GradientMap(model, Loss(loss), targets, live, sigma)
+
+
 def test_a_step_is_the_least_squares_solution() -> None:
     model, x = network(), torch.rand(1, 2, 8, 8, dtype=torch.float64)
-    target = gradients_at(model, x)
-    parameters = list(model.parameters())
     near = x + 1e-3 * torch.randn_like(x)
-
-    def residual(at: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(F.cross_entropy(model(at), LABELS), parameters, create_graph=at.requires_grad)
-        return [g - t for g, t in zip(found, target.values(), strict=True)]
-
+    problem = problem_of(model, gradients_at(model, x), LABELS)
     at = near.clone().requires_grad_()
-    flat = torch.cat([part.flatten() for part in residual(at)])
+    flat = torch.cat([part.flatten() for part in problem.residual(at)])
     jacobian = torch.stack([torch.autograd.grad(row, at, retain_graph=True)[0].flatten() for row in flat])
     expected = torch.linalg.lstsq(jacobian, -flat.detach()[:, None], driver="gelsd").solution.view_as(x)
-    step = _gauss_newton_step(residual, near)
+    step = _step(problem.at(near))
     left, best = (float((jacobian @ d.flatten() + flat.detach()).norm()) for d in (step, expected))
     assert left < best + 1e-3 * float(flat.detach().norm())
 
@@ -46,7 +49,7 @@ def test_an_answer_nearby_becomes_the_answer() -> None:
     model, x = network(), torch.rand(1, 2, 8, 8, dtype=torch.float64)
     model[-1].weight.data.mul_(3)
     near = x + 1e-4 * torch.randn_like(x)
-    found = polish(model, gradients_at(model, x), near, LABELS, F.cross_entropy, 1e-12)
+    found = polish(problem_of(model, gradients_at(model, x), LABELS), near, 1e-12)
     assert float((found - x).abs().max()) < 1e-2 * float((near - x).abs().max())
 
 
@@ -67,7 +70,7 @@ def test_dead_units_and_a_regression_loss(classes: int) -> None:
         found = torch.autograd.grad(F.mse_loss(model(at), y), parameters)
         return sum(float((a - b).square().sum()) for a, b in zip(found, gradients, strict=True))
 
-    found = polish(model, dict(zip(names, gradients, strict=True)), near, y, F.mse_loss, 1e-12)
+    found = polish(problem_of(model, dict(zip(names, gradients, strict=True)), y, "mse"), near, 1e-12)
     assert mismatch(found) < 1e-6 * mismatch(near)
 
 
@@ -91,4 +94,4 @@ class Once(nn.Module):
 def test_a_model_that_cannot_be_differentiated_again_is_left_as_it_is() -> None:
     model, x = network(Once()), torch.rand(1, 2, 8, 8, dtype=torch.float64)
     near = x + 1e-4 * torch.randn_like(x)
-    assert torch.equal(polish(model, gradients_at(model, x), near, LABELS, F.cross_entropy, 1e-12), near)
+    assert torch.equal(polish(problem_of(model, gradients_at(model, x), LABELS), near, 1e-12), near)

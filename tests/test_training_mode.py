@@ -79,6 +79,23 @@ def test_batch_norm_with_the_statistics_that_the_update_holds(build: Build, batc
     assert model.training
 
 
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) if seed else seed for seed in range(4)])
+def test_batch_norm_in_float32_with_the_statistics_that_the_update_holds(seed: int) -> None:
+    """Mean and variance are rounded more than the gradients are: the answer is the one that fits all of them."""
+    torch.manual_seed(seed)
+    model, x = cnn(nn.BatchNorm2d(1), nn.ReLU(), bias=False).float(), photo(8, 2).float()
+    assert recovered(model, x, trained_on(model, x)).psnr > 100
+
+
+@pytest.mark.slow
+def test_other_statistics_than_those_of_the_answer_verify_nothing() -> None:
+    model, x = cnn(nn.BatchNorm2d(1), nn.ReLU(), filters=(32,)), photo(8)
+    shared = trained_on(model, x)
+    shared.statistics["1.running_mean"] = shared.statistics["1.running_mean"] + 1e-4
+    result = invert(model, shared, x.shape[1:])
+    assert not result.verified, result.summary()
+
+
 def test_batch_norm_from_gradients_alone_up_to_the_offsets_that_it_hides() -> None:
     """A 3x3 kernel of stride 2 and padding 1 hides one constant a channel, on the even pixels."""
     model, x = cnn(nn.BatchNorm2d(1), nn.ReLU()), photo(8)

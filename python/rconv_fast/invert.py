@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import InterruptedInversionError, require
-from rconv_fast.estimate import Grid, Quantum, joint_answer, snapped
+from rconv_fast.estimate import Grid, Quantum, entry_noise, joint_answer, snapped, with_arithmetic
+from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
 from rconv_fast.heads.tokens import token_ids
 from rconv_fast.local_steps import to_middle_weights, what_steps_mean
@@ -20,7 +21,7 @@ from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
 from rconv_fast.request import Request, check_arguments, dtype_of
-from rconv_fast.verdict import Answer, Inversion, conclude, fits, match_bar, within_noise
+from rconv_fast.verdict import Answer, Inversion, conclude, fits, match_bar, statistics_fit, within_noise
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.found import INTERRUPTED, Known, Options, Pass
 from rconv_fast.walk.graph import Graph
@@ -221,7 +222,8 @@ def _answer(
 
     def compare(passed: Pass) -> Match:
         whole = passed.repeated(index)
-        return observation.compare(request.masked_model(graph, whole), whole.values[graph.input], targets)
+        model = request.masked(request.working_model, graph, whole)
+        return observation.compare(model, whole.values[graph.input], targets)
 
     whole = batch_size in (None, len(head.labels))  # else no answer can match all gradients
     if (
@@ -233,9 +235,12 @@ def _answer(
             return estimated
     found = recover(graph, grad_logits, known, options, compare, bar)
     found = replace(found, passed=found.passed.repeated(index))
-    found = _polished(request, graph, found, targets, bar, report)
+    found = _polished(request, graph, found, targets, observation, report)
     match = found.match
     good = match is not None and within_noise(match, observation.precision, noise_known=bool(observation.noise))
+    if good and graph.in_training:
+        values = graph.with_masks(graph.masks(found.passed.values)).forward(found.passed.values[graph.input])
+        good = statistics_fit(graph.statistics_missed(values), observation.precision)
     good = good and request.gradients.steps == 1  # one gradient at other weights than the client's proves nothing
     stop = found.passed.stop
     interrupted = stop is not None and stop.reason == INTERRUPTED
@@ -291,18 +296,33 @@ def _distinct(multiplicities: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _polished(
-    request: Request, graph: Graph, found: Found, targets: Tensor, bar: float, report: Callable[[Event], None]
+    request: Request,
+    graph: Graph,
+    found: Found,
+    targets: Tensor,
+    observation: Observation,
+    report: Callable[[Event], None],
 ) -> Found:
-    """An answer that nearly matches, after a few steps of gradient matching."""
+    """An answer that nearly matches, after a few steps of gradient matching; its match with the arithmetic's noise."""
+    bar = match_bar(observation.precision)
     if not bar < found.mismatch < POLISH_FROM or only_input_open(graph, found.passed) or request.budget.spent:
         return found
     inputs = found.passed.values[graph.input]
     if inputs.numel() > POLISH_UP_TO:
         return found
     report(Event("input", "polish by gradient matching", residual=found.mismatch))
-    observation, model = request.observation, request.masked_model(graph, found.passed)
-    better = polish(model, observation.gradients, inputs, targets, observation.loss, bar / 3)
-    match = observation.compare(model, better, targets)
-    if not match.relative < found.mismatch:
-        return found
+    model = request.masked(request.working_model, graph, found.passed)
+    client = None if request.client is None else request.masked(request.client, graph, found.passed)
+    observation = with_arithmetic(observation, model, client, inputs, targets)
+    sigma = {name: entry_noise(observation, name) for name in observation.gradients}
+    seen = request.gradients.replaced(observation.gradients)
+    problem = GradientMap.read(
+        request.working_model, observation.loss, targets, seen, sigma, inputs.shape, observation.factor
+    )
+    problem = problem.with_masks(graph.masks(found.passed.values))
+    goal = 1.0 if observation.noise else bar / (3 * observation.rounding)
+    better = polish(problem, inputs, goal, request.budget)
+    before, match = (observation.compare(model, x, targets) for x in (inputs, better))
+    if not match.ratio < before.ratio:
+        return replace(found, match=before)
     return replace(found, passed=found.passed.with_value(graph.input, better), match=match)

@@ -79,6 +79,18 @@ class SharedGradients(dict[str, Tensor]):
         self.statistics = dict(statistics or {})
         self.training = training
 
+    def replaced(self, gradients: Mapping[str, Tensor]) -> SharedGradients:
+        """The same with other values: those of a working precision."""
+        return SharedGradients(
+            gradients,
+            noise=self.noise,
+            scale_known=self.scale_known,
+            steps=self.steps,
+            source=self.source,
+            statistics=self.statistics,
+            training=self.training,
+        )
+
 
 @dataclass(frozen=True)
 class Match:
@@ -157,13 +169,19 @@ class Observation:
         return Match(relative, ratio, chi2, entries)
 
     def gradients_at(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Gradients of the scaled loss at a candidate, by name; zeros for parameters it does not reach."""
+        """Gradients of the scaled loss at a candidate, by name; zeros for parameters it does not reach.
+
+        A model in training mode is left with the running statistics it had.
+        """
         parameters = {name: p for name, p in model.named_parameters() if name in self.gradients}
+        buffers = [(b, b.clone()) for b in model.buffers()]
         with torch.enable_grad():
             for p in parameters.values():
                 p.requires_grad_(True)
             value = self.factor * self.loss(logits_in(model(inputs)), targets)
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+        for buffer, before in buffers:
+            buffer.copy_(before)
         return {
             name: torch.zeros_like(p) if g is None else g.detach()
             for (name, p), g in zip(parameters.items(), found, strict=True)

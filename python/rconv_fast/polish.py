@@ -1,97 +1,128 @@
-"""Gradient matching from the analytic answer: a few Gauss-Newton steps on all gradients at once.
+"""Gradient matching from the analytic answer: a few Gauss-Newton steps on all that was seen at once.
 
 The recursion uses each equation once, layer by layer, so rounding in the last layers is carried to the first.
-The full least-squares problem ``min_x sum_p ||dL/dp(x) - g_p||^2 / ||g_p||^2`` has the same solution and
+The full least-squares problem ``min_x sum_p ||(dL/dp(x) - g_p) / sigma_p||^2`` has the same solution and
 averages the rounding over all equations (COPA's successor polishes a layer-wise answer the same way, arXiv
-2210.13231).
+2210.13231). Where an activation's input is so near to its kink that the answer may lie on the wrong side, the gradients
+jump, which no derivative shows: the sides of those nearest are unknowns beside x, rounded when they are solved for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rconv_fast.budget import Budget
+from rconv_fast.estimate import bits as bit
+from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts
+from rconv_fast.estimate.pieces import Bits, hold, signs
 from rconv_fast.solve.conjugate import LeastSquares
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from rconv_fast.solve.krylov import NO_LIMIT
 
 # Conjugate-gradient iterations a Gauss-Newton step; each costs about four forward passes.
-INNER_ITERATIONS = 150
+INNER_ITERATIONS = 600
 MAX_STEPS = 4
+# A step is solved until its gradient has fallen by this.
+FALL = 1e-12
+# Shares of the activations, those nearest to their kink, whose sides are unknowns: the first that leads to the goal.
+FREED = (0.0, 0.0005, 0.002, 0.01)
 
 
-def polish(
-    model: nn.Module, gradients: Mapping[str, Tensor], inputs: Tensor, labels: Tensor, loss: Loss, goal: float
-) -> Tensor:
-    """Lower the gradient mismatch from `inputs` until it is at `goal` or no step lowers it.
+def polish(problem: GradientMap, inputs: Tensor, goal: float, budget: Budget = NO_LIMIT) -> Tensor:
+    """Lower the mismatch from `inputs` until it is at `goal` or no step lowers it.
 
     Parameters
     ----------
-    model : nn.Module
-        The working copy of the model.
-    gradients : mapping
-        The shared gradients, by parameter name.
-    inputs, labels : Tensor
+    problem : GradientMap
+        What a candidate misses of the gradients, and of the statistics sent with them.
+    inputs : Tensor
         The analytic answer.
-    loss : callable
-        ``loss(outputs, labels)``.
     goal : float
-        Relative mismatch at which to stop.
+        Root mean square of the mismatch, in units of the noise, at which to stop.
+    budget : Budget
+        When to stop.
 
     Returns
     -------
     Tensor
         `inputs`, or a better answer. A model that cannot be differentiated three times is left as it is.
     """
-    names = [name for name, g in gradients.items() if bool(g.any())]
-    parameters = [p for name, p in model.named_parameters() if name in names]
-    targets = [gradients[name] for name, _ in model.named_parameters() if name in names]
-    scales = [1 / float(target.norm()) for target in targets]
-
-    def residual(x: Tensor) -> list[Tensor]:
-        found = torch.autograd.grad(loss(model(x), labels), parameters, create_graph=x.requires_grad)
-        return [(g - target) * s for g, target, s in zip(found, targets, scales, strict=True)]
-
-    size = _norm(residual(inputs))
-    for _ in range(MAX_STEPS):
-        if size <= goal or not math.isfinite(size):
-            break
-        try:
-            candidate = inputs + _gauss_newton_step(residual, inputs)
-        except RuntimeError:  # a layer of the user's own that cannot be differentiated three times
-            break
-        size_new = _norm(residual(candidate))
-        if not size_new < size:
-            break
-        stalled = size_new > 0.5 * size
-        inputs, size = candidate, size_new
-        if stalled:
-            break
-    return inputs
+    best, size = inputs, _size(problem.residual(inputs))
+    for share in FREED:
+        for _ in range(MAX_STEPS):
+            if size <= goal or not math.isfinite(size) or budget.spent:
+                return best
+            try:
+                candidate = _moved(problem, best, share)
+            except RuntimeError:  # a layer of the user's own that cannot be differentiated three times
+                return best
+            if candidate is None:  # no kink, so nothing to free
+                return best
+            size_new = _size(problem.residual(candidate))
+            if not size_new < size:
+                break
+            stalled = size_new > 0.5 * size
+            best, size = candidate, size_new
+            if stalled:
+                break
+    return best
 
 
-def _gauss_newton_step(residual: Callable[[Tensor], list[Tensor]], x: Tensor) -> Tensor:
-    """``min_d ||J d + r||`` by CGLS, J the residual's Jacobian."""
-    at = x.detach().requires_grad_()
-    r0 = residual(at)
-    # J^T u is linear in u, so differentiating it once more gives J: reverse mode twice, which every layer knows
-    # that can be trained; not every one knows forward mode.
-    u = [torch.zeros_like(part, requires_grad=True) for part in r0]
-    (transposed,) = torch.autograd.grad(r0, at, u, create_graph=True)
+def _moved(problem: GradientMap, x: Tensor, share: float) -> Tensor | None:
+    """One step from x; with sides to free, a step with them free and one with them rounded."""
+    if share == 0:
+        return x + _step(problem.at(x))
+    if problem.graph is None:
+        return None
+    with torch.no_grad():
+        bits: Bits = signs(problem.graph, problem.values(x))
+    if not bits:
+        return None
+    doubt = _nearest(problem, x, share)
+    x, bits = _freed_step(problem, x, bits, doubt)
+    held = problem.with_pieces(hold(problem.graph, bits))
+    return x + _step(held.at(x))
 
-    def transpose(y: list[Tensor]) -> Tensor:
-        return torch.autograd.grad(r0, at, y, retain_graph=True)[0]
 
-    def forward(d: Tensor) -> list[Tensor]:
-        parts = torch.autograd.grad(transposed, u, d, retain_graph=True, materialize_grads=True)
-        return [part.detach() for part in parts]
+def _nearest(problem: GradientMap, x: Tensor, share: float) -> bit.Doubt:
+    """The activations whose inputs are nearest to the kink, each beside the size of its layer's."""
+    inputs = bit.kink_inputs(problem, x)
+    distance = torch.cat([(z.abs() / z.square().mean().sqrt()).flatten() for z in inputs.values()])
+    places = torch.argsort(distance)[: math.ceil(share * len(distance))]
+    return bit.Doubt(places, torch.full_like(distance[places], 0.5))
 
-    r = [-part.detach() for part in r0]
-    state = LeastSquares(forward, transpose, r)
-    goal = 1e-24 * float(state.gamma)
+
+def _freed_step(problem: GradientMap, x: Tensor, bits: Bits, doubt: bit.Doubt) -> tuple[Tensor, Bits]:
+    """``min ||J_x d + J_t e + r||`` over x and the sides in doubt, which are then rounded."""
+    assert problem.graph is not None
+    free = {name: d.clone().requires_grad_() for name, d in bits.items()}
+    at = Linearisation(problem.with_pieces(hold(problem.graph, free)), x, list(free.values()))
+    zeros = {name: torch.zeros_like(d) for name, d in bits.items()}
+    n = x.numel()
+
+    def apply(v: Tensor) -> Parts:
+        return at.push([v[:n].reshape(x.shape), *doubt.put(zeros, v[n:]).values()])
+
+    def adjoint(u: Parts) -> Tensor:
+        by_x, *by_bits = at.adjoints(u)
+        return torch.cat([by_x.flatten(), torch.cat([part.flatten() for part in by_bits])[doubt.places]])
+
+    state = _solved(LeastSquares(apply, adjoint, [-part for part in at.residual]))
+    before = torch.cat([d.flatten() for d in bits.values()])[doubt.places]
+    rounded = (before + state[n:] > 0.5).to(x)
+    return x + state[:n].reshape(x.shape), doubt.put(bits, rounded)
+
+
+def _step(at: Linearisation) -> Tensor:
+    """``min_d ||J d + r||``."""
+    return _solved(LeastSquares(at.forward, at.adjoint, [-part for part in at.residual]))
+
+
+def _solved(state: LeastSquares) -> Tensor:
+    """What conjugate gradients reach in their iterations."""
+    goal = FALL**2 * float(state.gamma)
     for _ in range(INNER_ITERATIONS):
         if not float(state.gamma) > goal:
             break
@@ -100,5 +131,6 @@ def _gauss_newton_step(residual: Callable[[Tensor], list[Tensor]], x: Tensor) ->
     return state.x
 
 
-def _norm(parts: list[Tensor]) -> float:
-    return math.sqrt(sum(float(part.square().sum()) for part in parts))
+def _size(parts: Parts) -> float:
+    """Root mean square of all entries."""
+    return math.sqrt(sum(float(p.detach().square().sum()) for p in parts) / max(sum(p.numel() for p in parts), 1))

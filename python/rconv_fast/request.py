@@ -90,9 +90,9 @@ class Request:
         """A copy in working precision, to run candidates through."""
         return working_copy(self.model, self.dtype)
 
-    def masked_model(self, graph: Graph, passed: Pass) -> nn.Module:
-        """The working model that drops what a pass found dropped."""
-        return with_masks(self.working_model, list(graph.masks(passed.values).values()))
+    def masked(self, model: nn.Module, graph: Graph, passed: Pass) -> nn.Module:
+        """A copy of the model that drops what a pass found dropped."""
+        return with_masks(model, list(graph.masks(passed.values).values()))
 
 
 def check_arguments(

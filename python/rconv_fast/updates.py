@@ -17,7 +17,7 @@ from rconv_fast.observation import LocalTraining, SharedGradients
 _FUNCTION = "gradients_from_update"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # A value rounded to a grid is off by a uniform error, whose standard deviation is the spacing over this.
-_UNIFORM = math.sqrt(12)
+UNIFORM = math.sqrt(12)
 # A few round numbers fit into any format; so many different ones by chance with a probability below 2^-100.
 _TELLING = 32
 
@@ -103,7 +103,7 @@ def gradients_from_update(
         for side, value in (("before", w), ("after", stepped)):
             require(bool(value.isfinite().all()), _FUNCTION, f"{side}[{name!r}]", "be finite", "NaN or Inf")
         step = kept * w - stepped
-        rounding = torch.hypot(spacing(stepped, spacing_of), spacing(step / steps, spacing_of)) / _UNIFORM
+        rounding = torch.hypot(spacing(stepped, spacing_of), spacing(step / steps, spacing_of)) / UNIFORM
         gradients[name] = (step / (lr * total)).to(torch.promote_types(old[name].dtype, new[name].dtype))
         noise[name] = (math.sqrt(steps) * rounding / (lr * total)).float()
     changed = {n: new[n] for n in old if n not in gradients and not torch.equal(old[n], new[n].to(old[n].device))}

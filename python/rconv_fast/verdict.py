@@ -168,6 +168,14 @@ def within_noise(match: Match, rounding: float, *, noise_known: bool) -> bool:
     return match.relative <= match_bar(rounding) or (noise_known and fits(match.chi2, match.entries))
 
 
+def statistics_fit(missed: Sequence[Tensor], rounding: float) -> bool:
+    """Whether an answer has the statistics that the client sent, up to as many roundings as its gradients may miss."""
+    if not missed:
+        return True
+    size = float(torch.cat([part.flatten() for part in missed]).square().mean().sqrt())
+    return size <= (DOUBLE_ROUNDINGS if rounding <= DOUBLE else SINGLE_ROUNDINGS)
+
+
 def fits(chi2: float, dof: int) -> bool:
     """Whether a misfit in units of the noise is what the law of chi-square lets one expect."""
     return dof > 0 and math.isfinite(chi2) and chi2 <= dof + DEVIATIONS * math.sqrt(2 * dof)

@@ -3,7 +3,7 @@
 from rconv_fast.estimate.answer import joint_answer
 from rconv_fast.estimate.bounds import Bound, cramer_rao, fisher_matrix
 from rconv_fast.estimate.joint import Estimate, estimate
-from rconv_fast.estimate.noise_model import noise_of
+from rconv_fast.estimate.noise_model import entry_noise, noise_of, with_arithmetic
 from rconv_fast.estimate.quantum import Grid, Quantum, snapped
 
 __all__ = [
@@ -12,9 +12,11 @@ __all__ = [
     "Grid",
     "Quantum",
     "cramer_rao",
+    "entry_noise",
     "estimate",
     "fisher_matrix",
     "joint_answer",
     "noise_of",
     "snapped",
+    "with_arithmetic",
 ]

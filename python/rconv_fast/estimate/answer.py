@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from rconv_fast.errors import LinAlgError
 from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.joint import Estimate, estimate
-from rconv_fast.estimate.noise_model import arithmetic_noise
+from rconv_fast.estimate.noise_model import with_arithmetic
 from rconv_fast.estimate.recursion import noisy_start
 from rconv_fast.observation import Observation
 
@@ -75,8 +74,8 @@ def joint_answer(
     if not starts:
         return None
     start = starts[0] if len(starts) == 1 else min(starts, key=problem.chi2)
-    if measure and client is not None:
-        observation = _with_arithmetic(observation, model, client, start, targets)
+    if measure:
+        observation = with_arithmetic(observation, model, client, start, targets)
     try:
         return estimate(model, observation, start, targets, free_scale=free_scale, client=client, budget=budget)
     except LinAlgError:  # something is wholly open, so that there is no information matrix to work with
@@ -88,12 +87,3 @@ def _start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budget) ->
         return noisy_start(problem, known, budget)
     except LinAlgError:  # samples of which the gradient holds a sum only
         return None
-
-
-def _with_arithmetic(
-    observation: Observation, model: nn.Module, client: nn.Module, inputs: Tensor, targets: Tensor
-) -> Observation:
-    """The noise with what the client's arithmetic adds at these inputs."""
-    added = arithmetic_noise(observation, model, client, inputs, targets)
-    noise = {name: torch.hypot(observation.sigma(name), s) for name, s in added.items()}
-    return replace(observation, noise=noise)

@@ -26,7 +26,7 @@ Piece = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class GradientMap:
-    """The whitened residual of one observation.
+    """The whitened residual of one observation: of its gradients, and of the statistics that a client sent with them.
 
     Attributes
     ----------
@@ -62,6 +62,10 @@ class GradientMap:
     def with_scale(self, scale: float) -> GradientMap:
         """The same with another factor."""
         return replace(self, scale=scale)
+
+    def with_masks(self, masks: Mapping[str, Tensor]) -> GradientMap:
+        """The same with these masks in the dropouts of its steps."""
+        return replace(self, graph=None if self.graph is None else self.graph.with_masks(masks))
 
     @classmethod
     def read(
@@ -122,9 +126,13 @@ class GradientMap:
     def gradients(self, x: Tensor) -> Parts:
         """``c dL/dp``, one a seen parameter; differentiable if x is."""
         with torch.enable_grad():
-            value = self.scale * self.loss(self.outputs(x), self.targets)
+            return self._gradients_of(self.outputs(x), x.requires_grad)
+
+    def _gradients_of(self, outputs: Tensor, create_graph: bool) -> Parts:
+        with torch.enable_grad():
+            value = self.scale * self.loss(outputs, self.targets)
             parameters = list(self.parameters.values())
-            found = torch.autograd.grad(value, parameters, create_graph=x.requires_grad, allow_unused=True)
+            found = torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True)
         return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
 
     def whiten(self, parts: Parts) -> Parts:
@@ -132,9 +140,14 @@ class GradientMap:
         return [part * self.weight(name) for name, part in zip(self.parameters, parts, strict=True)]
 
     def residual(self, x: Tensor) -> Parts:
-        """``r(x)``, one part a parameter."""
+        """``r(x)``, one part a parameter, then those of the statistics."""
         seen = [self.seen[name] for name in self.parameters]
-        return self.whiten([found - s for found, s in zip(self.gradients(x), seen, strict=True)])
+        with torch.enable_grad():
+            values = {} if self.graph is None else self.values(x)
+            outputs = self.outputs(x) if self.graph is None else values[self.graph.output]
+            missed = [] if self.graph is None else self.graph.statistics_missed(values)
+        found = self._gradients_of(outputs, x.requires_grad)
+        return [*self.whiten([g - s for g, s in zip(found, seen, strict=True)]), *missed]
 
     def chi2(self, x: Tensor) -> float:
         """``||r||^2``."""
@@ -166,7 +179,8 @@ class Linearisation:
         self._transposed = self._pull(self._u, create_graph=True)
         self.residual = [part.detach() for part in self._r]
         seen = problem.whiten([problem.seen[name] for name in problem.parameters])
-        self.scaled = [r + s for r, s in zip(self.residual, seen, strict=True)]
+        of_gradients, others = self.residual[: len(seen)], self.residual[len(seen) :]
+        self.scaled = [r + s for r, s in zip(of_gradients, seen, strict=True)] + [torch.zeros_like(r) for r in others]
 
     def adjoint(self, u: Parts) -> Tensor:
         """``J^T u`` for x; u may have a leading axis of several."""

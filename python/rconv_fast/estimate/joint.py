@@ -15,6 +15,7 @@ from rconv_fast.estimate.fisher import dense_fisher
 from rconv_fast.estimate.gauss_newton import Fit, gauss_newton
 from rconv_fast.estimate.gradient_map import GradientMap, Piece
 from rconv_fast.estimate.information import Information
+from rconv_fast.estimate.noise_model import entry_noise
 from rconv_fast.estimate.pieces import Bits, hold, same, signs
 from rconv_fast.observation import Observation
 from rconv_fast.patterns.pattern import Pattern
@@ -124,7 +125,7 @@ def estimate(
     bars do not tell are solved for with the input (`bits.settle`); the pattern of least chi^2 wins.
     """
     budget = budget or Budget()
-    sigma = {name: _entry_noise(observation, name) for name in observation.gradients}
+    sigma = {name: entry_noise(observation, name) for name in observation.gradients}
     x = start_inputs.detach()
     whole = GradientMap.read(
         model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor
@@ -277,13 +278,6 @@ def _first_bits(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> Bit
         bits = signs(problem.graph, problem.values(x))
     given = {} if pattern is None else pattern.pieces
     return {name: (given[name] > 0).to(d) if name in given else d for name, d in bits.items()}
-
-
-def _entry_noise(observation: Observation, name: str) -> Tensor:
-    """Standard deviation, at least float64's rounding; infinite where a tensor is all zero and nothing is stated."""
-    g = observation.gradients[name]
-    least = torch.finfo(torch.float64).eps * float(g.square().mean().sqrt())
-    return observation.sigma(name).to(g).clamp_min(least if least > 0 else math.inf)
 
 
 def _arithmetic_variance(

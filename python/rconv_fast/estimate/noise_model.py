@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,24 @@ def arithmetic_noise(
     fine = observation.gradients_at(model, rounded.to(inputs.dtype), targets)
     coarse = observation.gradients_at(client, rounded, targets)
     return {name: (coarse[name].double() - g.double()).square().mean().sqrt() for name, g in fine.items()}
+
+
+def with_arithmetic(
+    observation: Observation, model: nn.Module, client: nn.Module | None, inputs: Tensor, targets: Tensor
+) -> Observation:
+    """The noise with what the client's arithmetic adds at these inputs; as it is where that is the working one."""
+    if client is None:
+        return observation
+    added = arithmetic_noise(observation, model, client, inputs, targets)
+    noise = {name: torch.hypot(observation.sigma(name), s) for name, s in added.items()}
+    return replace(observation, noise=noise)
+
+
+def entry_noise(observation: Observation, name: str) -> Tensor:
+    """Standard deviation, at least float64's rounding; infinite where a tensor is all zero and nothing is stated."""
+    g = observation.gradients[name]
+    least = torch.finfo(torch.float64).eps * float(g.square().mean().sqrt())
+    return observation.sigma(name).to(g).clamp_min(least if least > 0 else math.inf)
 
 
 def rounded_to(gradients: Mapping[str, Tensor]) -> torch.dtype:

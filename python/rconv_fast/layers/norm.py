@@ -26,18 +26,26 @@ from rconv_fast.layers.base import Operands, Rule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.solve import NormalisedConv, NormSets
+from rconv_fast.updates import UNIFORM, spacing
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+# A client's mean and variance are sums of many values: off by this many units of their own rounding.
+ARITHMETIC = 2.0
 OWN_NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and ``sqrt(var + eps)`` of the private batch, one a channel, in a shape that broadcasts to it."""
+    """Mean and ``sqrt(var + eps)`` of the private batch, one a channel, in a shape that broadcasts to it.
+
+    `mean_noise` and `squared_noise` are the standard deviations that rounding leaves in the mean and in ``sigma^2``.
+    """
 
     mean: Tensor
     sigma: Tensor
+    mean_noise: Tensor
+    squared_noise: Tensor
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,15 @@ class NormRule(Rule):
                 grad_weight=before.grad_weight,
             )
         ]
+
+    def statistics_missed(self, o: Tensor) -> list[Tensor]:
+        """How far mean and ``sigma^2`` of o are from those that the client sent, in units of their rounding."""
+        sent = self.statistics
+        if sent is None:
+            return []
+        mean = self.sets.mean(o)
+        squared = self.sets.mean((o - mean).square()) + self.eps
+        return [(mean - sent.mean) / sent.mean_noise, (squared - sent.sigma.square()) / sent.squared_noise]
 
     def _normalised(self, y: Tensor) -> Tensor:
         """``(y - beta) / gamma``, 0 where gamma is."""
@@ -255,4 +272,8 @@ def batch_statistics(module: Any, mean: Tensor | None, var: Tensor | None, x: Te
     shape, count = (1, -1, *(1,) * (x.ndim - 2)), x.numel() // x.shape[1]
     batch = ((new.to(x) - (1 - share) * old.to(x)) / share for new, old in zip((mean, var), before, strict=True))
     average, unbiased = (t.reshape(shape) for t in batch)
-    return Statistics(average, (unbiased.clamp_min(0) * (count - 1) / count + module.eps).sqrt())
+    squared = unbiased.clamp_min(0) * (count - 1) / count + module.eps
+    shares = (spacing(t.to(x), t.dtype).reshape(shape) / (UNIFORM * share) for t in (mean, var))
+    own = ARITHMETIC * torch.finfo(mean.dtype).eps
+    noise = [torch.hypot(a, own * b) for a, b in zip(shares, (squared.sqrt(), squared), strict=True)]
+    return Statistics(average, squared.sqrt(), *noise)

@@ -73,6 +73,11 @@ class Graph:
         rules = [step.rule for step in self.steps.values()]
         return any(isinstance(r, DropoutRule) or (isinstance(r, NormRule) and r.sets.groups is None) for r in rules)
 
+    def statistics_missed(self, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """How far the values of a run are from the statistics that the client sent, in units of their rounding."""
+        norms = [(step.rule, step.inputs[0]) for step in self.steps.values() if isinstance(step.rule, NormRule)]
+        return [part for rule, source in norms for part in rule.statistics_missed(values[source])]
+
     def never_negative(self, name: str) -> bool:
         """Whether a step's values are outputs of activations that have 0 as their low flat piece, moved about."""
         activations = self.activations(name)
