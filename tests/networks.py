@@ -1,14 +1,28 @@
-"""Small networks drawn from a grammar: strides, kernels, filters, activations, averages, batches, heads."""
+"""Small networks drawn from a grammar: strides, kernels, filters, activations, norms, pools, skips, heads, batches."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-ACTIVATIONS = (nn.ReLU, nn.ReLU, nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.Tanh, nn.Sigmoid, nn.ELU)
+ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
+    nn.ReLU, nn.ReLU, nn.ReLU, lambda: nn.LeakyReLU(0.2), nn.Tanh, nn.Sigmoid, nn.ELU, nn.GELU, nn.SiLU,
+)  # fmt: skip
+
+
+class Skip(nn.Module):
+    """``x + f(x)``."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inside(x)
 
 
 @dataclass(frozen=True)
@@ -29,7 +43,7 @@ class Drawn:
 
 
 def draw(seed: int, side: int = 10) -> Drawn:
-    """Up to three convolutions and one linear layer, float64."""
+    """Up to three convolutions with what may stand behind one, and a head of one or two layers; float64."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     channels = first = rng.choice([1, 3])
@@ -42,12 +56,27 @@ def draw(seed: int, side: int = 10) -> Drawn:
         if size + 2 * padding < kernel:
             break
         filters = rng.choice([4, 8, 16, 32])
-        layers += [nn.Conv2d(channels, filters, kernel, stride, padding), activation()]
+        layers.append(nn.Conv2d(channels, filters, kernel, stride, padding))
         channels, size = filters, (size + 2 * padding - kernel) // stride + 1
-        if rng.random() < 0.1 and size >= 4:
-            layers.insert(-1, nn.AvgPool2d(2))
+        if rng.random() < 0.15:
+            layers.append(nn.BatchNorm2d(channels).train(rng.random() < 0.5))
+        layers.append(activation())
+        if rng.random() < 0.2 and size >= 4:
+            layers.append(rng.choice([nn.AvgPool2d(2), nn.MaxPool2d(2)]))
             size //= 2
+        if rng.random() < 0.1:
+            layers.append(nn.Dropout(0.3).train(rng.random() < 0.7))
+        if rng.random() < 0.15:
+            layers.append(Skip(nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1), activation())))
+    if rng.random() < 0.1:
+        layers.append(nn.AdaptiveAvgPool2d(1))
+        size = 1
     classes = rng.choice([5, 10, 20])
-    layers += [nn.Flatten(), nn.Linear(channels * size * size, classes)]
-    model = nn.Sequential(*layers).double()
+    layers.append(nn.Flatten())
+    features = channels * size * size
+    if rng.random() < 0.3:
+        hidden = rng.choice([16, 64])
+        layers += [nn.Linear(features, hidden), activation()]
+        features = hidden
+    model = nn.Sequential(*layers, nn.Linear(features, classes)).double()
     return Drawn(model, (first, side, side), rng.choice([1, 1, 1, 2, 3, 6]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -11,45 +12,48 @@ import pytest
 import torch
 from torch import nn
 
-from attacks import Attack, attack, gradients_of, photo
+from attacks import gradients_of, photo
 from networks import Drawn, draw
-from rconv_fast import defenses, invert
+from rconv_fast import Inversion, defenses, invert
 from rconv_fast.audit import AuditReport, audit
+from rconv_fast.audit.attempt import nearness
 from rconv_fast.audit.defences import defence_table, to_markdown
 from rconv_fast.audit.leak_map import leak_picture
+from rconv_fast.audit.privacy import PrivacyRow
 from rconv_fast.audit.weights import describe_weights
 from rconv_fast.models import cnn3, lenet_o
 
 
-def recovery(drawn: Drawn, seed: int) -> Attack:
+def recovery(drawn: Drawn, batch_size: int, seed: int) -> Inversion:
     """What `invert` makes of a photo the audit never saw."""
     channels, *size = drawn.input_shape
-    x = photo((size[0], size[1]), drawn.batch_size, channels)
-    labels = torch.randint(drawn.classes, (drawn.batch_size,), generator=torch.Generator().manual_seed(seed))
-    return attack(drawn.model, x, labels)
+    x = photo((size[0], size[1]), batch_size, channels)
+    labels = torch.randint(drawn.classes, (batch_size,), generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)  # of dropout
+    shared = gradients_of(drawn.model, x, labels)
+    found = invert(drawn.model, shared, drawn.input_shape, batch_size=batch_size, time_limit=20)
+    if found.verified:
+        assert nearness(found.inputs, x) > 60
+    return found
 
 
-# Networks of the grammar that `invert` is done with in a second or so.
-@pytest.mark.parametrize("seed", [1, 2, 3, 5, 8, 12, 14, 17, 21, 22, 28, 33, 35, 47, 52, 56])
+# The first of the grammar that are small enough to be quick; the nightly sweep takes all of them.
+@pytest.mark.parametrize("seed", range(12))
 def test_verdict_is_what_invert_does(seed: int) -> None:
     drawn = draw(seed)
-    report = audit(drawn.model, drawn.input_shape, batch_size=drawn.batch_size, advice=False)
-    found = recovery(drawn, seed).result
-    assert (report.verdict == "exact") == found.verified, f"{drawn}\n{report.summary()}\n{found.summary()}"
+    options = {"batch_size": drawn.batch_size, "advice": False}
+    report = audit(drawn.model, drawn.input_shape, **options)
+    counted = audit(drawn.model, drawn.input_shape, **options, run=False)
+    found = recovery(drawn, drawn.batch_size, seed)
+    said = f"{drawn}\n{report.summary()}\n{counted.summary()}\n{found.summary()}"
+    assert (report.verdict == "exact") == found.verified, said
+    assert found.verified or counted.verdict != "exact", said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60, 120))
+@pytest.mark.parametrize("seed", range(12, 60))
 def test_verdict_is_what_invert_does_on_many_networks(seed: int) -> None:
     test_verdict_is_what_invert_does(seed)
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3, 14, 21, 28, 33, 35, 47, 52, 56])
-def test_count_alone_never_says_exact_where_invert_fails(seed: int) -> None:
-    drawn = draw(seed)
-    counted = audit(drawn.model, drawn.input_shape, batch_size=drawn.batch_size, run=False, advice=False)
-    if counted.verdict == "exact":
-        assert recovery(drawn, seed).psnr > 60, f"{drawn}\n{counted.summary()}"
 
 
 def narrow() -> nn.Sequential:
@@ -67,6 +71,27 @@ def test_largest_batch_is_recovered_and_the_next_is_not() -> None:
     for batch, whole in ((4, True), (5, False)):
         x = photo(8, batch, 1)
         assert invert(model, gradients_of(model, x), (1, 8, 8), batch_size=batch).verified == whole, batch
+
+
+@pytest.mark.slow
+def test_no_larger_batch_is_recovered_than_the_largest() -> None:
+    """On twenty networks: of three batches of the largest size one is recovered whole, of one more sample none."""
+    right, missed, beaten = 0, [], []
+    for seed in range(200):
+        drawn = draw(seed)
+        try:
+            largest = audit(drawn.model, drawn.input_shape, advice=False).max_batch_size
+        except ValueError:  # batch norm in training mode takes no single value
+            continue
+        if 1 <= largest <= 10:
+            held, over = (any(recovery(drawn, size, i).verified for i in range(3)) for size in (largest, largest + 1))
+            right += held and not over
+            missed += [str(drawn)] * (not held)
+            beaten += [str(drawn)] * over
+        if right + len(missed) + len(beaten) == 20:
+            break
+    # Missed: near the limit of a head, a search finds some batches. Beaten: x >= 0 behind a ReLU, other dead units.
+    assert right >= 12, f"missed: {missed}\nbeaten: {beaten}"
 
 
 def test_advice_breaks_the_recovery() -> None:
@@ -128,8 +153,9 @@ def test_model_that_cannot_be_read_is_not_covered() -> None:
 
 def test_more_samples_than_the_head_separates() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).double()
-    assert audit(model, (1, 8, 8)).max_batch_size == 8
-    assert audit(model, (1, 8, 8), batch_size=9, run=False).verdict == "none found"
+    assert audit(model, (1, 8, 8)).max_batch_size == 9
+    verdicts = [audit(model, (1, 8, 8), batch_size=batch, run=False).verdict for batch in (5, 6, 9, 10)]
+    assert verdicts == ["exact", "partial", "partial", "none found"]
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -245,6 +271,23 @@ def test_no_defence_is_beaten_by_more_than_its_bound_allows() -> None:
     table = to_markdown([none, gaussian, bfloat16, sign]).splitlines()
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 6
+
+
+def test_report_shows_defences_and_privacy_side_by_side() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).double()
+    found = audit(model, (1, 8, 8), advice=False, defences={"bfloat16": lambda g: defenses.quantise(g, torch.bfloat16)})
+    found = replace(found, privacy=[PrivacyRow(1.0, 4.5, 0.09, 21.0)])
+    none, rounded = found.defences
+    assert none.verified
+    assert rounded.sentence in found.summary()
+    page, card, read = found.to_page(), found.to_markdown(), json.loads(found.to_json())
+    assert page.count("data:image/png;base64") == 1 + len(found.defences)  # the leak map first
+    assert "<th>reached psnr</th>" in page
+    assert "<th>epsilon</th>" in page
+    assert "| bfloat16 |" in card
+    assert "| 1 | 4.50 | 9.0% | 21.0 |" in card
+    assert [row["defence"] for row in read["defences"]] == ["none", "bfloat16"]
+    assert read["privacy"][0]["epsilon"] == 4.5
 
 
 class Tokens(nn.Module):

@@ -432,9 +432,10 @@ def test_check_counts_without_gradients_and_fails_on_what_it_is_told_to(run: Run
     given = ["check", "--model", "cnn3", "--input-shape", "3x32x32", "--batch", "1,4"]
     done = run(*given, "--json", tmp_path / "c.json", "--html", tmp_path / "c.html")
     assert done.exit_code == 0, done.errors
-    assert "batch size 4: exact" in done.output
+    assert "batch size 4: exact. every layer has at least as many" in done.output
     report = json.loads((tmp_path / "c.json").read_text())
     assert report["verdict"] == "exact"
+    assert report["batches"]["4"]["verdict"] == "exact"
     assert [layer["name"] for layer in report["layers"]["4"]] == ["conv1", "conv2", "conv3", "fc"]
     Page().feed((tmp_path / "c.html").read_text())
     assert run(*given, "--fail-on", "exact").exit_code == 1
@@ -578,12 +579,14 @@ def test_audit_writes_its_report_and_fails_on_what_it_is_told_to(run: Run, tmp_p
         "from torch import nn\ndef build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(48, 6)).double()\n"
     )
     given = ["audit", "--model", f"{tmp_path / 'audited.py'}:build", "--input-shape", "3x4x4"]
-    done = run(*given, "--json", tmp_path / "a.json", "--html", tmp_path / "a.html", "--fail-on", "exact")
+    written = {name: tmp_path / f"a.{name}" for name in ("json", "html", "markdown")}
+    done = run(*given, *(x for name, path in written.items() for x in (f"--{name}", path)), "--fail-on", "exact")
     assert done.exit_code == 1, done.errors
     assert done.output.startswith("exact: ")
     assert json.loads((tmp_path / "a.json").read_text())["verdict"] == "exact"
     Page().feed((tmp_path / "a.html").read_text())
-    assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("a.json", "a.html")} == {0o600}
+    assert written["markdown"].read_text().startswith("## Gradient leakage of Sequential")
+    assert {path.stat().st_mode & 0o777 for path in written.values()} == {0o600}
     assert run(*given).exit_code == 0
 
 

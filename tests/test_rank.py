@@ -117,10 +117,16 @@ def test_only_positions_that_no_output_reads_are_open() -> None:
     assert "read by no output" in layer.reason
 
 
-@pytest.mark.parametrize(("batch", "enough"), [(1, True), (8, True), (9, False)])
-def test_head_separates_two_samples_fewer_than_it_has_classes(batch: int, enough: bool) -> None:
+@pytest.mark.parametrize(
+    ("batch", "enough", "stops"), [(5, True, False), (6, True, True), (9, True, True), (10, False, True)]
+)
+def test_head_separates_half_as_many_samples_as_classes_and_perhaps_up_to_one_fewer(
+    batch: int, enough: bool, stops: bool
+) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(20, 10))
-    assert rank_analysis(model, (20,), batch_size=batch)[-1].determined == enough
+    head = rank_analysis(model, (20,), batch_size=batch)[-1]
+    assert head.determined == enough
+    assert head.stops == stops
 
 
 def test_layer_without_a_method_is_not_covered() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from rconv_fast.audit.structure import checked_shape, read_structure
 from rconv_fast.invert import invert
 from rconv_fast.losses import Loss
 from rconv_fast.observation import SharedGradients
+from rconv_fast.report.pictures import is_image, pixels
+from rconv_fast.report.png import data_uri
 from rconv_fast.wrappers import unwrap
 
 Defence = Callable[[Mapping[str, Tensor]], SharedGradients]
@@ -47,6 +50,17 @@ class DefenceRow:
     verdict: str
     verified: bool
     inputs: Tensor | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without what was recovered."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "inputs"}
+
+    @property
+    def sentence(self) -> str:
+        """The row as text."""
+        predicted = "no bound" if self.predicted_psnr is None else f"{self.predicted_psnr:.1f} dB at best"
+        verified = "verified" if self.verified else "not verified"
+        return f"{self.defence}: {predicted}, {self.reached_psnr:.1f} dB reached ({self.verdict}, {verified})"
 
 
 def usual_defences(seed: int = 0) -> dict[str, Defence]:
@@ -111,6 +125,15 @@ def defence_table(
         reached = nearness(found.inputs, batch.inputs)
         rows.append(DefenceRow(name, predicted, reached, found.verdict, found.verified, found.inputs))
     return rows
+
+
+def recovered_pictures(rows: Sequence[DefenceRow]) -> list[dict[str, str]]:
+    """What was recovered behind each defence, side by side: the first sample, where it is a picture."""
+    return [
+        {"title": row.defence, "uri": data_uri(pixels(row.inputs[0])), "caption": row.sentence.partition(": ")[2]}
+        for row in rows
+        if row.inputs is not None and is_image(row.inputs[0])
+    ]
 
 
 def to_markdown(rows: Sequence[DefenceRow]) -> str:

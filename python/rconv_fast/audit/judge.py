@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from rconv_fast.audit.advice import advise
-from rconv_fast.audit.attempt import CHEAP, Attempt, attempt
+from rconv_fast.audit.attempt import CHEAP, attempt
+from rconv_fast.audit.batches import largest_batch
+from rconv_fast.audit.defences import Defence, defence_table
+from rconv_fast.audit.finding import Finding, judge
 from rconv_fast.audit.noise import predict
 from rconv_fast.audit.probe import make_probe, measure
-from rconv_fast.audit.rank import LayerRank, Measured, count_layers
+from rconv_fast.audit.rank import LayerRank, count_layers
 from rconv_fast.audit.report import AuditReport
 from rconv_fast.audit.structure import checked_shape, read_structure
 from rconv_fast.audit.weights import describe_weights
@@ -21,11 +24,7 @@ from rconv_fast.errors import UnsupportedModelError, require, require_type
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Noise
 from rconv_fast.report.payload import digest, environment
-from rconv_fast.walk.graph import Graph
 from rconv_fast.wrappers import unwrap
-
-# No batch larger than this is counted.
-LARGEST_BATCH = 1024
 
 ASSUMED = (
     "the model's parameters and mode are those the client used; the gradients are of one step on one batch",
@@ -45,6 +44,7 @@ def audit(
     seed: int = 0,
     run: bool | None = None,
     advice: bool = True,
+    defences: bool | Mapping[str, Defence] = False,
 ) -> AuditReport:
     r"""Say what the gradients of a model would give away, without any private data.
 
@@ -71,6 +71,8 @@ def audit(
         Whether to run the recovery on the probe; by default where it takes about a second.
     advice : bool
         Whether to look for the smallest changes that break a recovery.
+    defences : bool or mapping of str to callable
+        Whether to attack the probe behind the usual defences as well, or behind which: half a minute each at most.
 
     Returns
     -------
@@ -110,7 +112,7 @@ def audit(
         if probe is None and _is_close(finding, layers):
             other = make_probe(graph, model, shape, batch_size, objective, None, seed + 1)
             finding = finding.seconded(attempt(model, other, shape, objective))
-    largest = _largest_batch(graph, measured, loss, finding, batch_size)
+    largest = largest_batch(graph, measured, loss, finding, batch_size)
     predicted = predict(model, objective, batch, noise, finding.verdict, finding.determined)
     found = []
     if advice and finding.verdict in ("exact", "partial"):
@@ -118,6 +120,11 @@ def audit(
         if isinstance(noise, int | float) and noise > 0 and predicted.psnr is not None:
             at = (noise, predicted.psnr)
         found = advise(model, shape, layers, batch_size, largest, loss, at)
+    rows = []
+    if defences:
+        named = None if defences is True else defences
+        given = (batch.inputs, batch.targets)
+        rows = defence_table(model, shape, named, batch_size=batch_size, loss=loss, probe=given, seed=seed)
     report = subject.report(finding, layers, largest, noise)
     probed = f"dead units and the verdict are those of one batch ({batch.source})"
     return replace(
@@ -125,48 +132,12 @@ def audit(
         predicted_psnr=predicted.psnr,
         leak_map=predicted.leak_map,
         advice=found,
+        defences=rows,
         assumptions=[*report.assumptions, probed, *finding.notes, *predicted.notes],
         seconds=time.perf_counter() - start,
     )
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A verdict with its reason and the layer at which the recursion stops; `open`: whether a run may correct it."""
-
-    verdict: str
-    reason: str
-    stops_at: str | None = None
-    open: bool = True
-    tried: str = ""
-    notes: tuple[str, ...] = ()
-    determined: Tensor | None = None
-
-    def corrected(self, tried: Attempt) -> Finding:
-        """What the recovery itself says is right, where it came to an end."""
-        if not tried.conclusive:
-            note = f"invert did not end within its time on the probe ({tried.summary}); the verdict is the count's"
-            return replace(self, tried=tried.summary, notes=(note,))
-        fixed = tried.determined
-        less = self.verdict != "exact" and _RANKS[tried.verdict] <= _RANKS[self.verdict]
-        if less or tried.verdict == self.verdict:
-            return replace(self, tried=tried.summary, determined=fixed)
-        counted = f"by its count of equations the verdict is {self.verdict!r}; invert on the probe decides"
-        return Finding(tried.verdict, tried.reason, tried.stops_at, False, tried.summary, (counted,), fixed)
-
-    def seconded(self, tried: Attempt) -> Finding:
-        """A second probe: where one of two was recovered, that is what there is to say."""
-        both = {self.verdict, tried.verdict}
-        if not tried.conclusive or "exact" not in both or len(both) == 1:
-            return self
-        reason = "one made-up batch was recovered whole and another was not: it depends on the batch"
-        return replace(self, verdict="partial", reason=reason, stops_at=self.stops_at or tried.stops_at)
-
-
-# How much each verdict says: a run that finds less than the count allows refutes only "exact".
-_RANKS = {"none found": 0, "features only": 1, "not covered": 1, "partial": 2, "exact": 3}
-# What x >= 0 behind a ReLU says cannot make up for more missing equations than this share of the unknowns.
-_NONNEGATIVE = 0.75
 # With fewer equations than this share more than needed, dead units of one batch more than of another decide.
 _TO_SPARE = 1.25
 
@@ -176,40 +147,6 @@ def _is_close(finding: Finding, layers: Sequence[LayerRank]) -> bool:
     scarce = any(layer.equations < _TO_SPARE * layer.unknowns for layer in layers)
     refuted = any("by its count" in note for note in finding.notes)
     return bool(finding.tried) and (refuted or (finding.verdict == "exact" and scarce))
-
-
-def judge(layers: Sequence[LayerRank]) -> Finding:
-    """The verdict by the counts alone: the first layer from behind at which the recursion stops."""
-    for layer in reversed(layers):
-        if not layer.stops:
-            continue
-        reason, counted = f"{layer.name}: {layer.reason}", layer.unknowns > 0
-        if not layer.covered:
-            return Finding("not covered", reason, layer.name)
-        if layer is layers[-1] and counted:
-            return Finding("none found", reason, layer.name)
-        if layer is layers[0] and counted:
-            unread_only = layer.rank_bound == layer.unknowns - layer.unreached
-            return Finding("partial", reason, layer.name, open=unread_only)
-        return Finding(
-            "features only", reason, layer.name, not counted or layer.rank_bound > _NONNEGATIVE * layer.unknowns
-        )
-    return Finding("exact", "every layer has at least as many independent equations as unknowns")
-
-
-def _largest_batch(graph: Graph, measured: Measured, loss: str, finding: Finding, batch_size: int) -> int:
-    """The largest batch whose every layer is determined, in agreement with the verdict for `batch_size`."""
-
-    def whole(batch: int) -> bool:
-        return judge(count_layers(graph, batch, measured, loss)).verdict == "exact"
-
-    low, high = 0, 1
-    while high <= LARGEST_BATCH and whole(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if whole(middle) else (low, middle)
-    return max(low, batch_size) if finding.verdict == "exact" else min(low, batch_size - 1)
 
 
 @dataclass(frozen=True)

@@ -163,3 +163,12 @@ def _row(
         reconstruction_bound(noise_multiplier, training, prior),
         bound.psnr,
     )
+
+
+def to_markdown(rows: Sequence[PrivacyRow]) -> str:
+    """The table for a report."""
+    lines = ["| noise multiplier | epsilon | reconstruction at most | predicted, dB |", "|---|---|---|---|"]
+    for row in rows:
+        predicted = "-" if row.predicted_psnr is None else f"{row.predicted_psnr:.1f}"
+        lines.append(f"| {row.noise_multiplier:g} | {row.epsilon:.2f} | {row.reconstruction:.1%} | {predicted} |")
+    return "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from rconv_fast.audit.rank import Measured
-from rconv_fast.errors import require, require_type
+from rconv_fast.errors import ArgumentError, require, require_type
 from rconv_fast.layers.activation import MIN_DERIVATIVE, ActivationRule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.losses import Loss, logits_in
@@ -115,7 +115,12 @@ def measure(model: nn.Module, graph: Graph, probe: Probe, loss: Loss) -> Measure
     """Run the probe forward and back: which activations can be inverted, which filters have a gradient."""
     watch = _Watch(working_copy(model, _dtype_of(model)), graph)
     with torch.enable_grad():
-        value = loss(logits_in(watch.run(probe.inputs)), probe.targets)
+        try:
+            value = loss(logits_in(watch.run(probe.inputs)), probe.targets)
+        except (RuntimeError, ValueError) as error:  # batch norm in training mode, on one value a channel
+            reason = str(error).splitlines()[0]
+            must = f"be one that the model accepts ({reason})"
+            raise ArgumentError(f"audit: batch_size must {must}, got {len(probe.inputs)}") from error
         torch.autograd.grad(value, list(watch.module.parameters()), allow_unused=True)
     return Measured(watch.alive, watch.filters)
 

@@ -120,7 +120,7 @@ def rank_analysis(model: nn.Module, input_shape: Sequence[int], *, batch_size: i
     -------
     list of LayerRank
         Layers with unknowns to solve for, and layers that stop the recursion, in forward order. The last fully
-        connected layer is `determined` if cross-entropy's samples can be separated there (``B <= n - 2``, or B = 1).
+        connected layer is `determined` if cross-entropy's samples can be separated there (``B <= n - 1``, or B = 1).
 
     Raises
     ------
@@ -175,8 +175,10 @@ class _Count:
         classes, features = rule.geometry.out_channels, rule.geometry.in_channels
         capacity = head_capacity(self.loss, classes, rule.bias is not None)
         unknowns, rows = self.batch * features, classes * features
-        enough = self.batch <= capacity
-        reason = "" if enough else f"a batch of {self.batch} where {classes} outputs can separate {capacity}"
+        enough = self.batch <= capacity.most
+        reason = f"a batch of {self.batch} where {classes} outputs can separate {capacity.most}" * (not enough)
+        if capacity.certain < self.batch <= capacity.most:
+            reason = f"{self.batch} samples of {classes} outputs: whether all of them are found depends on the batch"
         self.found[step.name] = LayerRank(
             step.label,
             rule.kind,

@@ -12,7 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from rconv_fast.audit.advice import Advice
+from rconv_fast.audit.defences import DefenceRow, recovered_pictures
+from rconv_fast.audit.defences import to_markdown as defences_to_markdown
 from rconv_fast.audit.leak_map import describe, leak_picture
+from rconv_fast.audit.privacy import PrivacyRow
+from rconv_fast.audit.privacy import to_markdown as privacy_to_markdown
 from rconv_fast.audit.rank import LayerRank
 
 SCHEMA = "rconv_fast.audit/1"
@@ -58,6 +62,10 @@ class AuditReport:
         What the parameters look like.
     tried : str
         What `invert` said of the probe; empty if it was not run.
+    defences : sequence of DefenceRow
+        What usual defences would leave, where that was asked for.
+    privacy : sequence of PrivacyRow
+        Differential privacy beside it: ``dataclasses.replace(report, privacy=privacy_table(...))``.
     model : dict
         Name, number of parameters, input shape, hash of the state.
     versions : dict
@@ -77,6 +85,8 @@ class AuditReport:
     noise: float = 0.0
     weights: str = "trained"
     tried: str = ""
+    defences: Sequence[DefenceRow] = ()
+    privacy: Sequence[PrivacyRow] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -88,6 +98,8 @@ class AuditReport:
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
         own["layers"] = [_layer(layer) for layer in self.layers]
         own["advice"] = [asdict(advice) for advice in self.advice]
+        own["defences"] = [row.to_dict() for row in self.defences]
+        own["privacy"] = [asdict(row) for row in self.privacy]
         if self.leak_map is not None:
             own["leak_map"] = {"shape": list(self.leak_map.shape), "values": describe(self.leak_map)}
         found: dict[str, Any] = plain({"schema": SCHEMA, "meaning": MEANING[self.verdict], **own})
@@ -101,10 +113,14 @@ class AuditReport:
         return text
 
     def to_html(self, path: str | Path) -> None:
-        """Write one self-contained page, with the leak map as a picture."""
+        """Write one self-contained page, with the leak map and what defences left as pictures."""
+        Path(path).write_text(self.to_page(), encoding="utf-8")
+
+    def to_page(self) -> str:
+        """The page as text."""
         from rconv_fast.report.page import render
 
-        Path(path).write_text(render("audit", self._for_a_page()), encoding="utf-8")
+        return render("audit", self._for_a_page())
 
     def _for_a_page(self) -> dict[str, Any]:
         """The same with sentences for advice, a picture of the map, and the columns that a reader wants."""
@@ -117,6 +133,7 @@ class AuditReport:
         if pixels is not None and self.leak_map is not None:
             title = "Leak map: what is known of each place of the input (red: exactly, pale: nothing)"
             pictures = [{"title": title, "uri": data_uri(pixels), "caption": describe(self.leak_map)}]
+        pictures += recovered_pictures(self.defences)
         lines = _lines(self.layers)
         return {
             **{name: value for name, value in payload.items() if name not in ("leak_map", "versions", "meaning")},
@@ -134,6 +151,7 @@ class AuditReport:
         lines = [f"{self.verdict}: {MEANING[self.verdict]}", f"  {self.reason}"]
         lines += [f"  largest batch recovered whole: {self.max_batch_size}; {self._bound()}", ""]
         lines += [f"  {line}" for line in _aligned(_lines(self.layers))]
+        lines += ["", *(f"  {row.sentence}" for row in self.defences)] if self.defences else []
         lines += ["", *(f"to break it: {advice.sentence}" for advice in self.advice)]
         lines += [f"assumed: {assumption}" for assumption in self.assumptions]
         return "\n".join(lines)
@@ -154,6 +172,8 @@ class AuditReport:
             "|" + "---|" * len(rows[0]),
             *body[1:],
             "",
+            *((*defences_to_markdown(self.defences).splitlines(), "") if self.defences else ()),
+            *((*privacy_to_markdown(self.privacy).splitlines(), "") if self.privacy else ()),
             *(f"* To break it: {advice.sentence}" for advice in self.advice),
             *(f"* Assumed: {assumption}" for assumption in self.assumptions),
             f"* Made with {', '.join(f'{k} {v}' for k, v in self.versions.items())} in {self.seconds:.1f} s",

@@ -96,11 +96,21 @@ def _met(geometry: ConvGeometry, axis: int, taps: Sequence[int], outputs: frozen
     return [{i for u in outputs if 0 <= (i := u * s + tap * d - p) < size} for tap in taps]
 
 
-def head_capacity(loss: str, classes: int, has_bias: bool) -> int:
-    """The largest batch that the last layer's gradient alone can be taken apart into.
+class HeadCapacity(NamedTuple):
+    """The largest batch whose every sample follows from the last layer's gradient alone, and the largest at all."""
 
-    Cross-entropy: ``n - B + 1`` equations for the B coordinates of a sample leave ``B <= n - 2`` in general.
+    certain: int
+    most: int
+
+
+def head_capacity(loss: str, classes: int, has_bias: bool) -> HeadCapacity:
+    """How large a batch the last layer's gradient can be taken apart into.
+
+    Cross-entropy, n classes (one fewer without a bias): a sample has ``n - 2B + 1`` more equations than unknowns, so
+    that it is found and proven by itself up to ``B <= n / 2``; up to ``B <= n - 1`` the batch is proven as a whole,
+    once a search has found all of it, which depends on the batch.
     """
-    if loss in ("cross_entropy", "nll"):
-        return max(1, classes - 2) if has_bias else max(1, classes - 3)
-    return 1
+    if loss not in ("cross_entropy", "nll"):
+        return HeadCapacity(1, 1)
+    n = classes if has_bias else classes - 1
+    return HeadCapacity(max(1, n // 2), max(1, n - 1))

@@ -32,6 +32,7 @@ Out = Annotated[Path, typer.Option(help="Folder for report.json, report.html and
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run's files from --out.")]
 JsonFile = Annotated[Path | None, typer.Option(help="Write the report there as JSON.")]
 HtmlFile = Annotated[Path | None, typer.Option(help="Write the report there as a page.")]
+Training = Annotated[bool, typer.Option("--training", help="Clients' models are in training mode.")]
 FailOn = Annotated[
     str | None, typer.Option(help="Exit code 1 at this verdict or a worse one: exact, partial, 'features only', ...")
 ]
@@ -69,6 +70,7 @@ def check(
     model: Model,
     input_shape: Shape,
     batch: Batches = "1",
+    training: Training = False,
     json: JsonFile = None,
     html: HtmlFile = None,
     fail_on: FailOn = None,
@@ -76,7 +78,7 @@ def check(
     """Count every layer's equations from the model's structure alone: seconds, no gradients."""
     from rconv_fast.cli.judging import check
 
-    return check(model, input_shape, batch, json, html, fail_on)
+    return check(model, input_shape, batch, training, json, html, fail_on)
 
 
 @app.command()
@@ -86,17 +88,21 @@ def audit(
     batch: Batches = "1",
     state: Annotated[Path | None, typer.Option(help="A checkpoint: trained models differ from new ones.")] = None,
     loss: Annotated[str, typer.Option(help="The loss that clients use.")] = "cross_entropy",
+    training: Training = False,
     noise: Annotated[float, typer.Option(help="Noise on the gradients, relative to each tensor's size.")] = 0.0,
+    defences: Annotated[bool, typer.Option("--defences", help="Also attack behind the usual defences.")] = False,
     seed: Annotated[int, typer.Option(help="Of the probe.")] = 0,
     json: JsonFile = None,
     html: HtmlFile = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the report there for a model card.")] = None,
     fail_on: FailOn = None,
 ) -> int:
     """Judge a model with a probe: what would leak at these batch sizes, where, and what would stop it."""
     from rconv_fast.cli.judging import audit
 
-    given = {"loss": loss, "noise": noise, "seed": seed}
-    return audit(model, state, input_shape, batch, given, json, html, fail_on)
+    given = {"loss": loss, "noise": noise, "defences": defences, "seed": seed}
+    written = {"json": json, "html": html, "markdown": markdown}
+    return audit(model, state, input_shape, batch, training, given, written, fail_on)
 
 
 @app.command()
@@ -118,7 +124,7 @@ def invert(
     noise: Annotated[float | None, typer.Option(help="Noise on the gradients, relative to each tensor's size.")] = None,
     quantum: Annotated[str | None, typer.Option(help="Step of the grid the inputs lie on, as in 1/255.")] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds; what is known by then is reported.")] = None,
-    training: Annotated[bool, typer.Option("--training", help="The client's model was in training mode.")] = False,
+    training: Training = False,
     device: Where = Device.auto,
     out: Out = Path("out/invert"),
     overwrite: Overwrite = False,

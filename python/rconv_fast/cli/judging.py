@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from rconv_fast.audit import LayerRank, rank_analysis
 from rconv_fast.audit import audit as judge
+from rconv_fast.audit.finding import judge as by_count
 from rconv_fast.cli import DONE, LESS, screen
 from rconv_fast.cli.options import build_model, load_state, parse_batches, parse_shape
 from rconv_fast.errors import UnsupportedModelError, require
@@ -23,30 +24,45 @@ COLOURS = dict(zip(SEVERITY, ("red", "red", "yellow", "yellow", "green"), strict
 COLUMNS = ("layer", "kind", "|A|", "|B|", "unknowns", "paper says", "rank at most", "determined", "stops here because")
 
 
-def check(model: str, input_shape: str, batch: str, json: Path | None, html: Path | None, fail_on: str | None) -> int:
+def check(
+    model: str,
+    input_shape: str,
+    batch: str,
+    training: bool,
+    json: Path | None,
+    html: Path | None,
+    fail_on: str | None,
+) -> int:
     """Count the equations of every layer; returns the exit code."""
     shape, sizes = parse_shape("check", input_shape), parse_batches("check", batch)
     _check_severity("check", fail_on)
-    network = build_model("check", model)
+    network = build_model("check", model).train(training)
     layers = {size: _layers(network, shape, size) for size in sizes}
-    verdicts = {size: _verdict_of(found) for size, found in layers.items()}
-    for size, found in layers.items():
-        screen.print_line(f"batch size {size}: {verdicts[size]}", COLOURS[verdicts[size]])
-        screen.print_rows(COLUMNS, [_cells(layer) for layer in found])
-    worst = _worst(verdicts.values())
+    findings = {size: by_count(found) for size, found in layers.items()}
+    for size, finding in findings.items():
+        screen.print_line(f"batch size {size}: {finding.verdict}. {finding.reason}", COLOURS[finding.verdict])
+        screen.print_rows(COLUMNS, [_cells(layer) for layer in layers[size]])
+    worst = _worst(finding.verdict for finding in findings.values())
     said = {
         "schema": CHECK_SCHEMA,
         "verdict": worst,
-        "settings": {"model": model, "input_shape": input_shape, "batch": batch},
+        "settings": {"model": model, "input_shape": input_shape, "batch": batch, "training": training},
         "environment": payload.environment(),
     }
     if json is not None:
-        files.save_report(json, {**said, "layers": {size: list(map(_plain, found)) for size, found in layers.items()}})
-    if html is not None:
-        rows = {
-            size: [dict(zip(COLUMNS, _cells(layer), strict=True)) for layer in found] for size, found in layers.items()
+        by_size = {
+            size: {"verdict": finding.verdict, "reason": finding.reason, "stops_at": finding.stops_at}
+            for size, finding in findings.items()
         }
-        tables = {f"batch size {size}: {verdicts[size]}": found for size, found in rows.items()}
+        plain = {size: list(map(_plain, found)) for size, found in layers.items()}
+        files.save_report(json, {**said, "batches": by_size, "layers": plain})
+    if html is not None:
+        tables = {
+            f"batch size {size}: {finding.verdict}": [
+                dict(zip(COLUMNS, _cells(layer), strict=True)) for layer in layers[size]
+            ]
+            for size, finding in findings.items()
+        }
         files.write_private(html, page.render("check", {**said, **tables}))
     return _exit_code(worst, fail_on)
 
@@ -56,27 +72,27 @@ def audit(
     state: Path | None,
     input_shape: str,
     batch: str,
+    training: bool,
     options: Mapping[str, Any],
-    json: Path | None,
-    html: Path | None,
+    written: Mapping[str, Path | None],
     fail_on: str | None,
 ) -> int:
-    """Judge a model with a probe; returns the exit code."""
+    """Judge a model with a probe, write its report in the forms that have a path; returns the exit code."""
     shape, sizes = parse_shape("audit", input_shape), parse_batches("audit", batch)
-    require(len(sizes) == 1 or not (json or html), "audit", "--batch", "be one number with --json or --html", batch)
+    one = "be one number with --json, --html or --markdown"
+    require(len(sizes) == 1 or not any(written.values()), "audit", "--batch", one, batch)
     _check_severity("audit", fail_on)
     network = build_model("audit", model)
     if state is not None:
         network = load_state("audit", network, state)
     given = {name: value for name, value in options.items() if value is not None}
-    reports = [judge(network.eval(), shape, batch_size=size, **given) for size in sizes]
+    reports = [judge(network.train(training), shape, batch_size=size, **given) for size in sizes]
     for report in reports:
         screen.print_line(report.summary())
-        if json is not None:
-            files.write_private(json, report.to_json())
-        if html is not None:
-            report.to_html(html)
-            html.chmod(files.PRIVATE)
+        forms = {"json": report.to_json, "html": report.to_page, "markdown": report.to_markdown}
+        for form, path in written.items():
+            if path is not None:
+                files.write_private(path, forms[form]())
     return _exit_code(_worst(report.verdict for report in reports), fail_on)
 
 
@@ -86,16 +102,6 @@ def _layers(network: nn.Module, shape: tuple[int, ...], size: int) -> list[Layer
         return rank_analysis(network, shape, batch_size=size)
     except UnsupportedModelError as error:
         return [LayerRank(error.module, type(network).__name__, covered=False, reason=error.reason)]
-
-
-def _verdict_of(layers: Sequence[LayerRank]) -> str:
-    """By structure alone: whether the recursion passes every layer."""
-    stops = [layer for layer in layers if layer.stops]
-    if any(not layer.covered for layer in stops):
-        return "not covered"
-    if not stops:
-        return "exact"
-    return "features only" if any(layer.determined for layer in layers) else "none found"
 
 
 def _cells(layer: LayerRank) -> tuple[str, ...]:
