@@ -90,7 +90,7 @@ def audit(
     >>> net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)).double()
     >>> report = audit(net, (1, 8, 8))
     >>> report.verdict, report.max_batch_size
-    ('exact', 8)
+    ('exact', 9)
     """
     start = time.perf_counter()
     shape = checked_shape("audit", model, input_shape)
