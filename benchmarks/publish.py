@@ -188,21 +188,24 @@ def of_paper(results: list[Result]) -> str:
     rows = []
     for r in results:
         mse, psnr, time = r["mse"], r["psnr"], r["time"]
-        none, many = psnr["mean"] is None, len(r["seconds"]) > 1
+        none, many = psnr["mean"] is None, r["images"] > 1
+        failed = ", ".join(f"{i} ({decibels(value)})" for i, value in r["failures"].items())
         rows.append(
             [
                 r["network"],
                 r["attack"],
-                str(len(r["seconds"])),
+                f"{r['recovered']} of {r['images']}",
                 "-" if none else f"{mse['mean']:.1e}" + f" ± {mse['deviation']:.1e}" * many,
                 "-" if none else f"{psnr['mean']:.1f}" + f" ± {psnr['deviation']:.1f}" * many,
+                decibels(r["least psnr"]),
                 "-" if none else f"{psnr['mean'] + PEAK_255:.1f}",
-                seconds(time["mean"]) + f" ± {seconds(time['deviation'])}" * many,
+                seconds(time["mean"]) + f" ± {seconds(time['deviation'])}" * (many and time["mean"] is not None),
                 r["note"] or "-",
+                failed or "none",
             ]
         )
-    header = ["network, images of", "attack", "images", "MSE", "PSNR, peak 1", "PSNR, peak 255", "time", "note"]
-    return table(header, rows)
+    header = ["network, images of", "attack", "recovered", "MSE", "PSNR, peak 1", "least", "PSNR, peak 255", "time"]
+    return table([*header, "note", "images that failed"], rows)
 
 
 def of_others(results: list[Result]) -> str:
