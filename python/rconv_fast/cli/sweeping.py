@@ -1,4 +1,4 @@
-"""``rconv-fast sweep``: many inversions, a table, and its averages on the screen."""
+"""``rconv-fast sweep``: many inversions, a table, its averages on the screen and on a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rconv_fast.cli import DONE, screen
 from rconv_fast.cli.options import build_model, parse_batches, parse_shape
 from rconv_fast.errors import require
 from rconv_fast.report.text import number
-from rconv_fast.sweep import aggregate, read_rows, run_sweep
+from rconv_fast.sweep import aggregate, read_rows, run_sweep, save_page
 
 
 def sweep(
@@ -54,8 +54,11 @@ def sweep(
             ray=ray,
             progress=show,
         )
-    lines = aggregate(read_rows(table))
+    rows = read_rows(table)
+    page = table.with_name(table.name + ".html")
+    save_page(rows, page)
+    lines = aggregate(rows)
     cells = [[number(v) if isinstance(v, float) else str(v) for v in line.values()] for line in lines]
     screen.print_rows([name.replace("_", " ") for name in lines[0]] if lines else ["no cases"], cells)
-    screen.print_files([table])
+    screen.print_files([table, page])
     return DONE

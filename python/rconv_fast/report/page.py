@@ -62,6 +62,8 @@ KINDS["check"] = replace(
     lead="How many equations gradients of this model hold for the input of each layer, beside its unknowns.",
 )
 
+KINDS["sweep"] = Kind("Sweep", "What came back from the gradients of many pictures, models and defences.", {})
+
 # Keys with a place of their own, in this order; other keys follow by what they hold.
 _OWN = ("schema", "verdict", "pictures", "notes", "advice", "assumptions", "settings", "environment", "sha256")
 _IN_VERDICT = ("verified", "stops_at", "reason")
@@ -74,7 +76,7 @@ def render(kind: str, payload: Mapping[str, Any]) -> str:
 
     Parameters
     ----------
-    kind : {"inversion", "audit", "check"}
+    kind : {"inversion", "audit", "check", "sweep"}
         See `KINDS`.
     payload : mapping
         Plain values. ``verdict``; ``pictures``: list of mappings with ``title``, ``uri`` (of an image) and, if wanted,
@@ -108,7 +110,7 @@ def render(kind: str, payload: Mapping[str, Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(page.title)}: {escape(str(data.get('verdict', '')))}</title>"
+        f"<title>{escape(': '.join(filter(None, (page.title, str(data.get('verdict', ''))))))}</title>"
         f"<style>{STYLE}</style></head>\n<body><main>\n{body}\n"
         f"<footer>{escape(str(data.get('schema', 'rconv_fast')))}, made by rconv_fast. This page may hold "
         "personal data: it shows what the gradients gave away.</footer></main></body></html>\n"

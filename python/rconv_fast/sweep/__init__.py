@@ -19,7 +19,8 @@ from rconv_fast.invert import invert
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.sweep.case import Attack, Case, Factory, Plan, cases_of, defence_of
 from rconv_fast.sweep.jobs import execute
-from rconv_fast.sweep.table import aggregate, pyarrow_parquet, read_rows, save_plot, to_markdown, write_rows
+from rconv_fast.sweep.page import save_page
+from rconv_fast.sweep.table import aggregate, pyarrow_parquet, read_rows, to_markdown, write_rows
 
 
 def run_sweep(
@@ -122,4 +123,4 @@ def _fill(
     return table
 
 
-__all__ = ["Case", "aggregate", "read_rows", "run_sweep", "save_plot", "to_markdown"]
+__all__ = ["Case", "aggregate", "read_rows", "run_sweep", "save_page", "to_markdown"]

@@ -96,28 +96,3 @@ def to_markdown(rows: Iterable[Row]) -> str:
     header = list(lines[0]) if lines else [*GROUP]
     shown = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in line.values()] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *shown])
-
-
-def save_plot(rows: Iterable[Row], path: Path | str) -> None:
-    """Share of verified cases and median PSNR over the batch size, one line a model, attack, defence and noise."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise MissingDependencyError('plots need matplotlib: pip install "rconv-fast[report]"') from error
-    curves: dict[str, list[Row]] = {}
-    for line in aggregate(rows):
-        curves.setdefault(f"{line['model']}, {line['attack']}, {line['defence']}, noise {line['noise']:g}", []).append(
-            line
-        )
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name, lines in curves.items():
-        for axes, column in zip(panels, ("verified", "median_psnr"), strict=True):
-            axes.plot([r["batch_size"] for r in lines], [r[column] for r in lines], "o-", label=name)
-    panels[0].set(xlabel="samples in the batch", ylabel="share verified", ylim=(-0.05, 1.05))
-    panels[1].set(xlabel="samples in the batch", ylabel="median of the worst PSNR in dB")
-    panels[1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
