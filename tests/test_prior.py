@@ -158,7 +158,7 @@ def test_flat_rows_hold_at_the_true_input() -> None:
     x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     gradients = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     graph = build_graph(model, gradients, (3, 12, 12), 2)
-    values = forward_pieces(graph, x)
+    values = forward_pieces(graph, x, 0.0)
     (activation,) = values.values()
     rows = flat_rows(graph, values, graph.input)
     held = sum(int((block.row_weight != 0).sum()) for block in rows)

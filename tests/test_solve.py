@@ -28,7 +28,9 @@ from rconv_fast.solve import (
     solve,
     solve_nonnegative,
 )
+from rconv_fast.solve.deflated import DeflatedInverse
 from rconv_fast.solve.dense import PseudoInverse
+from rconv_fast.solve.dissection.sketch import SketchRows
 from rconv_fast.solve.krylov import refine
 from rconv_fast.solve.phases import factors
 from rconv_fast.solve.phases.factors import GramFactor
@@ -564,12 +566,12 @@ def test_a_spent_budget_ends_every_loop() -> None:
 # By eigenvalues
 
 
-def assert_pseudo_inverse(system: System) -> None:
+def assert_pseudo_inverse(system: System, kind: type[PseudoInverse] | type[DeflatedInverse] = PseudoInverse) -> None:
     """Rank, determined values, null space and solution as numpy's on the columns of the support."""
     support = torch.ones(system.shape, dtype=torch.bool) if system.support is None else system.support
     free = support.flatten()
     matrix = dense(system)[0][:, free]
-    expected, inverse = Reference(matrix, matrix.sum(dim=1)), PseudoInverse.create(system)
+    expected, inverse = Reference(matrix, matrix.sum(dim=1)), kind.create(system)
     assert inverse.rank == expected.rank
     assert torch.equal(inverse.determined[free], expected.determined)
     assert bool(inverse.determined[~free].all()), "what is known to be 0 is determined"
@@ -592,6 +594,24 @@ def test_the_pseudo_inverse_is_that_of_the_dense_matrix(filters: int, restricted
     if restricted:
         system = replace(system, support=torch.rand(system.shape) < 0.7)
     assert_pseudo_inverse(system)
+
+
+@pytest.mark.parametrize("restricted", [False, True], ids=["all values", "on a support"])
+def test_an_inverse_with_few_null_vectors_is_that_of_the_dense_matrix(restricted: bool) -> None:
+    support = torch.rand(2, 2, 7, 6) < 0.7 if restricted else None
+    tall = Case(make((2, 20), (7, 6), 3, stride=2, padding=1), 2)
+    for system in (tall.system(), half_blind(tall).system()):
+        assert_pseudo_inverse(replace(system, support=support), DeflatedInverse)
+    untouched = Case(make((2, 9), (8, 8), 1, stride=3), 1)
+    assert_pseudo_inverse(untouched.system(), DeflatedInverse)
+
+
+def test_many_null_vectors_are_left_to_the_eigenvalues() -> None:
+    assert DeflatedInverse.create(Case(make((2, 1), (7, 6), 3, stride=2, padding=1), 2).system()) is None
+    torch.manual_seed(0)
+    matrix = torch.randn(200, 60, **DOUBLE) @ torch.randn(60, 100, **DOUBLE)
+    rows = SketchRows(matrix.view(200, 1, 1, 100), torch.zeros(200, **DOUBLE))
+    assert DeflatedInverse.create(System(torch.Size((1, 1, 100)), (rows,))) is None
 
 
 def test_an_eigenvalue_routine_that_gives_up_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,23 @@ def _eigen(normal: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
+def free_values(system: System) -> tuple[Tensor, Tensor]:
+    """Bool, one a value of x: those not known to be 0; of them those that some equation holds."""
+    touched = (system.diagonal() > 0).expand(system.shape).reshape(-1)
+    support = torch.ones_like(touched) if system.support is None else system.support.reshape(-1)
+    return support, touched & support
+
+
+def null_basis(vectors: Tensor, support: Tensor, free: Tensor) -> Tensor:
+    """The columns of `vectors`, null vectors on the free values, and a unit vector a value that no equation holds."""
+    untouched = (support & ~free).nonzero().flatten()
+    inside = vectors.shape[1]
+    null: Tensor = vectors.new_zeros(len(support), inside + len(untouched))
+    null[free, :inside] = vectors
+    null[untouched, torch.arange(inside, null.shape[1], device=null.device)] = 1
+    return null
+
+
 # M has so few rows for its columns that its singular values cost less than the eigenvalues of M^T M.
 WIDE = 0.6
 
@@ -120,9 +137,7 @@ class PseudoInverse:
     @classmethod
     def create(cls, system: System) -> PseudoInverse:
         """Eigenvalues below the largest's rounding are 0: singular values below 1e-7 or so of the largest."""
-        touched = (system.diagonal() > 0).expand(system.shape).reshape(-1)
-        support = torch.ones_like(touched) if system.support is None else system.support.reshape(-1)
-        free = touched & support
+        support, free = free_values(system)
         if system.count < WIDE * int(free.sum()):
             _, singular, vh = _thin_svd(row_matrix(system, free))
             values, vectors = singular.square().flip(0), vh.mT.flip(1)
@@ -153,12 +168,7 @@ class PseudoInverse:
     def null(self) -> Tensor:
         """Orthonormal basis of what the equations leave open, (values of x, support - rank)."""
         q, _ = torch.linalg.qr(self.vectors, mode="complete")
-        untouched = (self.support & ~self.free).nonzero().flatten()
-        inside = q.shape[1] - self.rank
-        null: Tensor = q.new_zeros(len(self.support), inside + len(untouched))
-        null[self.free, :inside] = q[:, self.rank :]
-        null[untouched, torch.arange(inside, null.shape[1], device=null.device)] = 1
-        return null
+        return null_basis(q[:, self.rank :], self.support, self.free)
 
     def solve(self, v: Tensor) -> Tensor:
         """Apply it to a tensor of x's shape."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rconv_fast.budget import Budget
 from rconv_fast.solve.active import solve_with_zeros
+from rconv_fast.solve.deflated import DeflatedInverse
 from rconv_fast.solve.dense import PseudoInverse, eigen_seconds
 from rconv_fast.solve.krylov import NO_LIMIT, KrylovResult, Progress, refine
 from rconv_fast.solve.map_rows import ThroughRows
@@ -32,7 +33,7 @@ REPLACEMENT, MIXED_REPLACEMENT = 1e-9, 0.02
 MIXED_ENOUGH = 1e-12
 # Systems with more unknowns than this are solved to this residual: the last digits would cost a tenth of the time.
 LARGE_UNKNOWNS, LARGE_RTOL = 100_000, 1e-13
-# Rows that were left out of the iteration hold up to this many times the residual of the others.
+# Rows that were left out of the iteration, or only sketched, hold up to this many times the residual of the others.
 LEFT_OUT = 10.0
 # Holding zeros leads to the answer within so many iterations, or not at all.
 MAX_ITERATIONS_WITH_ZEROS = 400
@@ -49,8 +50,8 @@ class Attempt:
     patience: float
 
     def fits(self, rtol: float) -> bool:
-        """Whether rows that were left out hold as well as the others."""
-        return self.plan.way is not OUTPUTS or self.residual <= LEFT_OUT * max(self.result.residual, rtol)
+        """Whether rows that were left out, or only sketched, hold as well as the others."""
+        return self.residual <= LEFT_OUT * max(self.result.residual, rtol)
 
 
 def solve_hybrid(
@@ -229,9 +230,16 @@ def _recover(attempt: Attempt, budget: Budget) -> Recover:
 
 
 def _solve_dense(system: System, rtol: float) -> Solution:
-    """Decide the rank by eigenvalues of the normal matrix, in float64, then refine with its pseudo-inverse."""
+    """Decide the rank by the normal matrix, in float64, then refine with its pseudo-inverse.
+
+    By Cholesky factors where they suffice and save time, else by eigenvalues.
+    """
     dtype, system = system.rhs[0].dtype, system.to(torch.float64)
-    inverse = PseudoInverse.create(system)
+    inverse: PseudoInverse | DeflatedInverse | None = None
+    if system.unknowns > MAX_FACTORED_UNKNOWNS:
+        inverse = DeflatedInverse.create(system)
+    solver = "normal-eigh" if inverse is None else "normal-cholesky"
+    inverse = inverse or PseudoInverse.create(system)
     result = refine(system, inverse.solve, inner_rtol=1e-12, rtol=rtol, max_iterations=50)
     evidence = Evidence(
         rank=inverse.rank,
@@ -239,8 +247,8 @@ def _solve_dense(system: System, rtol: float) -> Solution:
         rows=system.count,
         residual=system.residual(result.x),
         condition=inverse.condition,
-        solver="normal-eigh",
-        proof="eigenvalues",
+        solver=solver,
+        proof="cholesky" if solver == "normal-cholesky" and inverse.rank == system.unknowns else "eigenvalues",
         iterations=result.iterations,
     )
     return Solution(result.x.to(dtype), inverse.determined.reshape(system.shape), evidence, inverse)

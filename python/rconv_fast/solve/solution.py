@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rconv_fast.solve.deflated import DeflatedInverse
 from rconv_fast.solve.dense import PseudoInverse
 
 PROOFS = ("cholesky", "eigenvalues", "nonnegative", "pattern", "probe", "none")
@@ -116,11 +117,11 @@ class Solution(HasEvidence):
         Bool, shape of `x`: is this value fixed by the equations.
     evidence : Evidence
         How it was found.
-    inverse : PseudoInverse or None
+    inverse : PseudoInverse, DeflatedInverse or None
         Of the balanced system, where it was computed: its null space is what the equations leave open.
     """
 
     x: Tensor
     determined: Tensor
     evidence: Evidence
-    inverse: PseudoInverse | None = None
+    inverse: PseudoInverse | DeflatedInverse | None = None
