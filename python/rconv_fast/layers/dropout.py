@@ -57,10 +57,12 @@ class DropoutRule(Rule):
 
 
 # A zero is a value this far below the largest, or this many roundings of it; the others lie at least GAP above it.
-ZERO, ZERO_ROUNDINGS, GAP = 1e-6, 1e3, 30.0
+# Where at least half as many lie below the gap as are dropped on average, a smaller one is none of chance: rounding's
+# largest is a few times its usual size.
+ZERO, ZERO_ROUNDINGS, GAP, GAP_OF_MANY = 1e-6, 1e3, 30.0, 6.0
 
 
-def with_exact_zeros(z: Tensor, rounding: float) -> Tensor:
+def with_exact_zeros(z: Tensor, rounding: float, p: float) -> Tensor:
     """Values of a dropout's output whose zeros are exact: those below the widest gap of the small magnitudes.
 
     Parameters
@@ -69,16 +71,19 @@ def with_exact_zeros(z: Tensor, rounding: float) -> Tensor:
         As they were solved, zeros off by the noise.
     rounding : float
         Relative rounding of the gradients.
+    p : float
+        The share that is dropped.
     """
     size = z.abs()
     largest = float(size.max())
-    ordered = size.flatten().sort().values.clamp_min(torch.finfo(z.dtype).eps * largest * 1e-3)
+    ordered = size.flatten().sort().values.clamp_min(rounding * largest)  # below it, gaps say nothing
     below = ordered[ordered <= max(ZERO, ZERO_ROUNDINGS * rounding) * largest]
     if not len(below) or largest == 0:
         return z
     steps = (ordered[1 : len(below) + 1] / below[: len(ordered) - 1]).log()
     widest = int(steps.argmax()) if len(steps) else 0
-    if not len(steps) or float(steps[widest].exp()) < GAP:
+    many = widest + 1 >= p / 2 * len(ordered)
+    if not len(steps) or float(steps[widest].exp()) < (GAP_OF_MANY if many else GAP):
         return z
     return torch.where(size <= below[widest], 0.0, z)
 

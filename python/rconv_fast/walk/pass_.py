@@ -411,7 +411,8 @@ class _Recursion:
         z = self.values[step.name]
         if self.graph.never_negative(step.name):
             return snap(relu(), z, self.grads[step.name], None, precision=self.options.precision).value
-        return with_exact_zeros(z, self.options.precision)
+        assert isinstance(step.rule, DropoutRule)
+        return with_exact_zeros(z, self.options.precision, step.rule.p)
 
     def _grad_bias(self, step: Step) -> Tensor | None:
         """The known sum over ``dL/do`` of an activation's input o, if o is made by a layer with a bias."""
