@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from attacks import Attack, assert_recovered, attack, photo
 from rconv_fast import rank_analysis
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
+from rconv_fast.patterns.alternation import GENTLE, SHARP
 from rconv_fast.walk.reader import build_graph
 
 GREY = photo(16, channels=1)
@@ -84,8 +86,17 @@ def test_a_search_that_nobody_limits_ends_by_itself_and_says_so(monkeypatch: pyt
 def test_an_input_that_no_search_certified_is_corrected_by_a_forward_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(1, 24, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(864, 10))
     monkeypatch.setattr("rconv_fast.patterns.alternation.certify", lambda *_: None)
+    monkeypatch.setattr("rconv_fast.walk.hidden.SCHEDULES", (SHARP,))
+    monkeypatch.setattr("rconv_fast.patterns.alternation.KICKS", 1)
     done = assert_recovered(model, photo(12, channels=1))
     assert not any(layer.patterns for layer in done.result.layers)
+
+
+def test_a_stuck_search_is_kicked_out_of_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 24, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(864, 10))
+    monkeypatch.setattr("rconv_fast.walk.hidden.SCHEDULES", (replace(GENTLE, iterations=6),))
+    done = assert_recovered(model, photo(12, channels=1))
+    assert "kicks" in done.result.layers[0].patterns
 
 
 class Functional(nn.Module):
@@ -123,7 +134,8 @@ def test_a_global_average_is_passed_by_packing() -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1)], ids=str)
-def test_two_convolutions_before_a_pool_are_merged(activation: nn.Module) -> None:
+def test_two_convolutions_before_a_pool_are_merged(activation: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rconv_fast.walk.hidden.SCHEDULES", (SHARP,))
     model = nn.Sequential(
         nn.Conv2d(3, 24, 3, padding=1), activation, nn.Conv2d(24, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(16 * 25, 10),

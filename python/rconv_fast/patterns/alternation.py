@@ -20,14 +20,16 @@ from rconv_fast.patterns.problem import Convolution, Problem, Reading
 START_GRADIENT = 0.3
 # Regularisation of the start in units of the mean diagonal: roughness of a picture, size of features.
 SMOOTH, SMALL = 0.1, 1e-3
+# What is left of it for a start that is near.
+NEARLY_NONE = 1e-5
 # A filter's rows weigh ``s^2 / (v_f + 0.05 median v)``, v_f their mean square misfit.
 FLOOR = 0.05
 # and at most this many times what makes both kinds of rows count the same: fewer rows than unknowns fit any input.
 MOST = 30.0
 # Misfit from which the pattern is worth a tight solve.
 GATE = 1e-3
-# The alternation gives up after so many iterations that do not gain a tenth.
-PATIENCE, GAIN = 8, 0.9
+# The alternation gives up after a schedule's patience of iterations that do not gain a tenth.
+GAIN = 0.9
 SMALLEST_SIGMA = 1e-15
 # How often a step is halved that makes the misfit grow by more than this factor, where equations are linear only near
 # the iterate. Positions jump, so a good step may lose a little.
@@ -52,8 +54,10 @@ class Schedule:
         sigma is 1.5 times this quantile of the misfits,
     floor : float
         but falls at most by this factor an iteration.
-    iterations : int
-        At most.
+    descent : bool
+        Whether positions are found by coordinate descent.
+    patience, iterations : int
+        Iterations that gain nothing, and at all, at most.
     """
 
     name: str
@@ -63,14 +67,19 @@ class Schedule:
     quantile: float = 0.5
     floor: float = 0.3
     descent: bool = False
+    patience: int = 8
     iterations: int = 30
 
 
 SHARP = Schedule("sharp")
 SOFT = Schedule("soft", decay=0.5, quantile=0.7)
 DESCENT = Schedule("descent", descent=True)
-GENTLE = Schedule("gentle", clear=5.0, trust=5.0, decay=0.8)
+GENTLE = Schedule("gentle", clear=5.0, trust=5.0, decay=0.8, patience=16, iterations=80)
 MERGED = Schedule("merged", clear=1.0, iterations=45)
+# Sizes of kicks, in units of the spread of the input, one after the other; their number; how many may lead back, and
+# the relative change of the misfit up to which they do.
+KICK_SIZES = (0.01, 0.03, 0.1, 0.3)
+KICKS, BACK, SAME = 12, 3, 0.01
 
 
 @dataclass(frozen=True)
@@ -91,18 +100,26 @@ class _State:
     """What is carried from one iteration to the next."""
 
     x: Tensor | None
+    ridge: float
     sigma: float = 0.0
     history: list[float] = field(default_factory=list)
 
 
-def alternate(problem: Problem, schedule: Schedule, budget: Budget, start: Tensor | None = None) -> Attempt:
-    """Alternate from a relaxed start (or from `start`) until a pattern is certified or nothing is gained."""
-    solver = solver_of(problem.front)
-    state = _State(start)
+def alternate(problem: Problem, schedule: Schedule, budget: Budget) -> Attempt:
+    """Alternate from a relaxed start until a pattern is certified or nothing is gained."""
+    fit, iterations = _alternated(problem, schedule, budget, None)
+    return Attempt(fit, f"{iterations} iterations")
+
+
+def _alternated(problem: Problem, schedule: Schedule, budget: Budget, start: Tensor | None) -> tuple[Fit, int]:
+    """Where it ends, and the iterations it takes."""
+    solver, ridge = solver_of(problem.front), SMOOTH if problem.front.image else SMALL
+    state = _State(start, ridge if start is None else NEARLY_NONE * ridge)
     refuted: Tensor | None = None
     certified = None
-    for iteration in range(schedule.iterations):
-        look = _Look.at(problem, _step(problem, solver, schedule, state, iteration))
+    for _ in range(schedule.iterations):
+        look = _Look.at(problem, _step(problem, solver, schedule, state))
+        state.ridge *= schedule.decay
         if solver.bends and state.x is not None:
             look = _back_from(problem, state.x, look, state.history[-1])
         state.x = look.x
@@ -110,10 +127,28 @@ def alternate(problem: Problem, schedule: Schedule, budget: Budget, start: Tenso
         if look.worst < GATE and (refuted is None or not torch.equal(look.pattern, refuted)):
             certified = certify(problem, look.pattern, look.x)
             refuted = look.pattern
-        if certified is not None or budget.spent or _stalled(state.history):
+        if certified is not None or budget.spent or _stalled(state.history, schedule.patience):
             break
     fit = unproven(problem, look.x) if certified is None else _weighted(problem, solver, schedule, certified)
-    return Attempt(fit, f"{iteration + 1} iterations")
+    return fit, len(state.history)
+
+
+def kicked(problem: Problem, schedule: Schedule, budget: Budget, stuck: Fit) -> Attempt:
+    """Alternate from an input knocked out of where a search got stuck: a few wrong positions hold each other.
+
+    Where kicks lead back again and again something else is wrong.
+    """
+    generator, back, kicks, iterations = torch.Generator().manual_seed(0), 0, 0, 0
+    while kicks < KICKS and back < BACK and not budget.spent:
+        size = KICK_SIZES[kicks % len(KICK_SIZES)] * stuck.x.std()
+        noise = torch.randn(stuck.x.shape, generator=generator, dtype=torch.float64).to(stuck.x)
+        fit, more = _alternated(problem, schedule, budget, stuck.x + size * noise)
+        kicks, iterations = kicks + 1, iterations + more
+        back += abs(fit.misfit - stuck.misfit) < SAME * stuck.misfit
+        stuck = fit if fit.misfit < stuck.misfit else stuck
+        if fit.certified:
+            break
+    return Attempt(stuck, f"{kicks} kicks, {iterations} iterations")
 
 
 @dataclass(frozen=True)
@@ -148,7 +183,7 @@ def _weighted(problem: Problem, solver: Solver, schedule: Schedule, fit: Fit) ->
     Equations from rounded gradients differ by orders of magnitude in how well they hold.
     """
     for _ in range(REWEIGHTED):
-        x = _step(problem, solver, schedule, _State(fit.x), schedule.iterations)
+        x = _step(problem, solver, schedule, _State(fit.x, ridge=0.0))
         misfit = misfit_of(problem, x)
         if not misfit < fit.misfit / 2:
             break
@@ -156,7 +191,7 @@ def _weighted(problem: Problem, solver: Solver, schedule: Schedule, fit: Fit) ->
     return fit
 
 
-def _step(problem: Problem, solver: Solver, schedule: Schedule, state: _State, iteration: int) -> Tensor:
+def _step(problem: Problem, solver: Solver, schedule: Schedule, state: _State) -> Tensor:
     """One weighted solve, clamped to the range of x."""
     front, hidden = problem.front, problem.hidden
     if state.x is None:
@@ -167,12 +202,11 @@ def _step(problem: Problem, solver: Solver, schedule: Schedule, state: _State, i
         pattern = hidden.choose(o)
         size = 1.5 * float(torch.quantile(hidden.residual(o, pattern).abs(), schedule.quantile))
         state.sigma = max(size, schedule.floor * state.sigma, SMALLEST_SIGMA)
-        if schedule.descent and iteration > 1:
+        if schedule.descent and len(state.history) > 1:
             pattern = hidden.refined(front.last, front.before_last(state.x), pattern, state.sigma)
         reading = hidden.robust(o, pattern, state.sigma, schedule)
         weights = _filter_weights(problem, state.x, reading, state.sigma)
-    ridge = (SMOOTH if front.image else SMALL) * schedule.decay**iteration
-    return solver.solve(reading, weights, ridge, state.x).clamp(front.low, front.high)
+    return solver.solve(reading, weights, state.ridge, state.x).clamp(front.low, front.high)
 
 
 def _balance(c: Convolution, reading: Reading) -> Tensor:
@@ -192,5 +226,5 @@ def _filter_weights(problem: Problem, x: Tensor, reading: Reading, sigma: float)
     return [torch.minimum(weights[0], MOST * _balance(problem.front.last, reading)), *weights[1:]]
 
 
-def _stalled(history: list[float]) -> bool:
-    return len(history) > 2 * PATIENCE and min(history[-PATIENCE:]) > GAIN * min(history[:-PATIENCE])
+def _stalled(history: list[float], patience: int) -> bool:
+    return len(history) > 2 * patience and min(history[-patience:]) > GAIN * min(history[:-patience])

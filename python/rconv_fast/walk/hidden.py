@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
-from rconv_fast.patterns.alternation import DESCENT, GENTLE, MERGED, SHARP, SOFT, Attempt, alternate
+from rconv_fast.patterns.alternation import DESCENT, GENTLE, MERGED, SHARP, SOFT, Attempt, Schedule, alternate, kicked
 from rconv_fast.patterns.averages import Averages, pack
 from rconv_fast.patterns.certificate import Fit, certify
 from rconv_fast.patterns.least_squares import WeightedSolver
@@ -28,8 +29,8 @@ from rconv_fast.walk.report import LayerReport
 TIE, LEAST_TIE = 2.0, 0.1
 # Longest search of one pattern where nobody set a limit.
 SEARCH_SECONDS = 60.0
-# Misfit up to which the input that a failed search came nearest to is handed on: a forward run of it may correct the
-# layers behind.
+# Misfit up to which the nearest input so far is worth a kick, and handed on where all fail: a forward run of it may
+# correct the layers behind.
 NEAR = 0.2
 SCHEDULES, MERGED_SCHEDULES = (SHARP, SOFT, DESCENT, GENTLE), (MERGED,)
 
@@ -54,7 +55,7 @@ class Outcome:
 
 
 def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
-    """Search the pattern that stopped a pass: by one convolution, then by the one before merged with it.
+    """Search the pattern that stopped a pass: by one convolution, by the one before merged with it, then by kicks.
 
     Parameters
     ----------
@@ -74,45 +75,67 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
         return Outcome(reason=other if rule.hidden else passed.stop.reason)
     limited = options.budget.is_limited
     options = options if limited else replace(options, budget=options.budget.at_most(SEARCH_SECONDS))
-    found = _search(graph, chain, problem, options)
-    merged = merge(graph, chain, problem) if found.reason and not options.budget.spent else None
-    if merged is None:
-        return found
-    by_both = _search(graph, *merged, options)
-    return by_both if by_both.pieces else found
-
-
-def _search(graph: Graph, chain: Chain, problem: Problem, options: Options) -> Outcome:
-    """Try the proposals one after the other; the nearest input counts where none is certified."""
-    kind, budget = chain.hidden.rule.kind, options.budget
-    nothing = problem.front.output(torch.zeros(problem.front.shape).to(problem.front.last.weight))
-    system = problem.system(
-        problem.hidden.tight(problem.hidden.choose(nothing)), torch.zeros(problem.front.shape).to(nothing)
-    )
-    if system.count <= system.unknowns:
-        few = f"{system.count} equations for {system.unknowns} unknowns"
-        return Outcome(reason=f"{kind}, where {few} prove no pattern")
     start = time.perf_counter()
-    if (least := WeightedSolver(problem.front.last).seconds) > budget.left:
-        return Outcome(reason=f"{kind}, where one step of a search takes {least:.0f} s: time_limit= allows it")
+    searched = _search(_Searched(chain, problem), options)
+    merged = merge(graph, chain, problem) if searched.goes_on(options.budget) else None
+    if merged is not None:
+        by_both = _search(_Searched(*merged), options)
+        searched = by_both if by_both.misfit <= searched.misfit and not by_both.reason else searched
+    if searched.goes_on(options.budget) and searched.misfit <= NEAR:
+        searched = _kicked(searched, options)
+    return _outcome(graph, searched, time.perf_counter() - start, options)
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """What stands in front of a hidden layer, the nearest input so far and how it was found, or why not."""
+
+    chain: Chain
+    problem: Problem
     nearest: Fit | None = None
-    nearest_by = ""
+    how: str = ""
+    reason: str = ""
+
+    @property
+    def misfit(self) -> float:
+        """Of the nearest input."""
+        return math.inf if self.nearest is None else self.nearest.misfit
+
+    def goes_on(self, budget: Budget) -> bool:
+        """Whether there is time left and nothing certified."""
+        return not budget.spent and (self.nearest is None or not self.nearest.certified)
+
+    def after(self, name: str, attempt: Attempt) -> _Searched:
+        """The same after an attempt."""
+        if attempt.fit is None or attempt.fit.misfit >= self.misfit:
+            return self
+        return replace(self, nearest=attempt.fit, how=f"{name}, {attempt.steps}")
+
+
+def _search(searched: _Searched, options: Options) -> _Searched:
+    """Try the proposals one after the other, until a pattern is certified."""
+    chain, problem = searched.chain, searched.problem
+    zero = torch.zeros(problem.front.shape).to(problem.front.last.weight)
+    system = problem.system(problem.hidden.tight(problem.hidden.choose(problem.front.output(zero))), zero)
+    if system.count <= system.unknowns:
+        return replace(searched, reason=f"{system.count} equations for {system.unknowns} unknowns prove no pattern")
+    if (least := WeightedSolver(problem.front.last).seconds) > options.budget.left:
+        return replace(searched, reason=f"one step of a search takes {least:.0f} s: time_limit= allows it")
     for name, propose in _proposals(problem, chain):
         options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} ({name})"))
-        attempt = propose(budget)
-        seconds = time.perf_counter() - start
-        how = f"{name}, {attempt.steps}, {seconds:.1f} s"
-        if attempt.fit is not None and attempt.fit.certified:
-            return _outcome(graph, chain, problem, attempt.fit, how, seconds)
-        if attempt.fit is not None and (nearest is None or attempt.fit.misfit < nearest.misfit):
-            nearest, nearest_by = attempt.fit, how
-        if budget.spent:
+        searched = searched.after(name, propose(options.budget))
+        if not searched.goes_on(options.budget):
             break
-    within = f" in {seconds:.0f} s: time_limit= allows more" if budget.spent else ""
-    reason = f"{kind}, of which no pattern was found{within}"
-    if nearest is None or nearest.misfit > NEAR or chain.first.inputs[0] != graph.input:
-        return Outcome(reason=reason)
-    return replace(_outcome(graph, chain, problem, nearest, f"{nearest_by}, not certified", seconds), reason=reason)
+    return searched
+
+
+def _kicked(searched: _Searched, options: Options) -> _Searched:
+    """Kicks of the nearest input."""
+    chain, stuck = searched.chain, searched.nearest
+    assert stuck is not None
+    options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} (kicks)"))
+    schedule = _schedules(chain)[-1]
+    return searched.after(schedule.name, kicked(searched.problem, schedule, options.budget, stuck))
 
 
 Proposal = Callable[[Budget], Attempt]
@@ -123,9 +146,12 @@ def _proposals(problem: Problem, chain: Chain) -> Iterator[tuple[str, Proposal]]
     if isinstance(problem.hidden, Averages):
         yield "packing", lambda budget: _packed(problem, chain, budget)
         return
-    schedules = SCHEDULES if chain.before is None else MERGED_SCHEDULES
-    for schedule in schedules:
+    for schedule in _schedules(chain):
         yield schedule.name, functools.partial(alternate, problem, schedule)
+
+
+def _schedules(chain: Chain) -> tuple[Schedule, ...]:
+    return SCHEDULES if chain.before is None else MERGED_SCHEDULES
 
 
 def _packed(problem: Problem, chain: Chain, budget: Budget) -> Attempt:
@@ -140,9 +166,15 @@ def _packed(problem: Problem, chain: Chain, budget: Budget) -> Attempt:
     return Attempt(fit, f"{programs} linear programs")
 
 
-def _outcome(graph: Graph, chain: Chain, problem: Problem, found: Fit, how: str, seconds: float) -> Outcome:
-    """Pieces and values as a pass takes them."""
-    name, label = chain.first.inputs[0], " + ".join(s.label for s in chain.steps if isinstance(s.rule, ConvRule))
+def _outcome(graph: Graph, searched: _Searched, seconds: float, options: Options) -> Outcome:
+    """Pieces and values as a pass takes them; without a certificate only the network's input, where that is near."""
+    chain, problem, found = searched.chain, searched.problem, searched.nearest
+    name = chain.first.inputs[0]
+    why = f"where {searched.reason}" if searched.reason else "of which no pattern was found"
+    late = f" in {seconds:.0f} s: time_limit= allows more" if options.budget.spent else ""
+    reason = f"{chain.hidden.rule.kind}, {why}{late}"
+    if found is None or not (found.certified or (found.misfit <= NEAR and name == graph.input)):
+        return Outcome(reason=reason)
     x = found.x.reshape(graph.steps[name].shape)
     values = {name: x}
     with torch.no_grad():
@@ -151,9 +183,9 @@ def _outcome(graph: Graph, chain: Chain, problem: Problem, found: Fit, how: str,
     o = problem.front.output(found.x)
     miss = float(problem.hidden.residual(o, found.pattern).abs().max() / o.abs().max())
     pieces = problem.hidden.pieces(o, max(TIE * miss, LEAST_TIE * LEAST_TOLERANCE))
+    label = " + ".join(step.label for step in chain.steps if isinstance(step.rule, ConvRule))
+    how = f"{searched.how}, {seconds:.1f} s{'' if found.certified else ', not certified'}"
     report = LayerReport(label, chain.conv.rule.kind, found.evidence, seconds, how)
     determined = torch.full_like(values[name], found.certified, dtype=torch.bool)
-    return Outcome(
-        {chain.hidden.name: pieces.reshape(chain.hidden.shape)},
-        Known(values, {name: determined}, {name: report}),
-    )
+    known = Known(values, {name: determined}, {name: report})
+    return Outcome({chain.hidden.name: pieces.reshape(chain.hidden.shape)}, known, "" if found.certified else reason)
