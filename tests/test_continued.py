@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attacks import gradients_of, photo
-from rconv_fast import invert
+from rconv_fast import Inversion, invert
+from rconv_fast.baselines.continued import continued
+from rconv_fast.baselines.matching import inputs_of
 
 
 def scarce() -> nn.Sequential:
@@ -35,3 +37,40 @@ def test_a_verified_answer_is_left_alone() -> None:
     found = invert(model, gradients_of(model, x), x.shape[1:], method="optimise")
     assert found.verified
     assert found.verdict == "exact"
+
+
+class Attending(nn.Module):
+    """A network that the exact method cannot pass, and torch's fast attention not differentiate twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.attention = nn.Conv2d(3, 8, 3, 2, 1), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.stem(x).flatten(2).transpose(1, 2)
+        attended: Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        logits: Tensor = self.head(torch.sigmoid(attended).flatten(1))
+        return logits
+
+
+def test_known_features_draw_the_descent_through_what_cannot_be_passed() -> None:
+    model, x = Attending().double(), photo(8)
+    shared = gradients_of(model, x)
+    known = invert(model, shared, x.shape[1:])
+    assert known.verdict == "features"
+    found = continued(known, model, shared, x.shape[1:], steps=150)  # type: ignore[call-arg]
+    assert found.verdict == "approximate"
+    with torch.no_grad(), inputs_of(model, known.features) as inner:
+        model(found.inputs)
+    assert float((inner["head"] - known.features["head"]).norm() / known.features["head"].norm()) < 0.1
+
+
+def test_what_the_descent_lacks_is_a_note_and_no_error() -> None:
+    model, x = scarce(), photo(8)
+    shared = gradients_of(model, x, torch.rand(1, 10).double(), nn.functional.mse_loss)
+    known = Inversion(verdict="nothing", notes=["nothing known"])
+    found = continued(known, model, shared, x.shape[1:], loss="mse")
+    assert found.verdict == "nothing"
+    assert "labels must be given" in found.notes[-1]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from rconv_fast.baselines.inverting_gradients import inverting_gradients
 from rconv_fast.baselines.problem import Options
+from rconv_fast.errors import ArgumentError
 from rconv_fast.verdict import Inversion
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def continued(
 ) -> Inversion:
     """`inverting_gradients` with the labels of `known`, from its inputs, what is proven of them held.
 
+    Where the recursion did not come to the inputs, those of the layers behind, as far as it came, draw the descent.
+
     Parameters
     ----------
     known : Inversion
@@ -36,13 +39,19 @@ def continued(
     -------
     Inversion
         `known` with the inputs that match the gradients better, and verdict "approximate"; `known` itself where it is
-        verified, or where no better inputs were found.
+        verified, or where no better inputs were found; a note says so where labels are missing.
     """
     if known.verified:
         return known
-    if known.labels is not None and not known.labels.is_floating_point():
+    if known.labels is not None and options.get("batch_size") in (None, len(known.labels)):
         options["labels"] = known.labels
-    found = inverting_gradients(model, gradients, input_shape, start=known.inputs, held=known.determined, **options)
+    where: dict[str, Any] = (
+        {"features": _fixed(known)} if known.inputs is None else {"start": known.inputs, "held": known.determined}
+    )
+    try:
+        found = inverting_gradients(model, gradients, input_shape, **where, **options)
+    except ArgumentError as error:  # invert has checked what it was given: this is what the descent lacks
+        return replace(known, notes=[*known.notes, f"gradient matching was not tried: {error}"])
     if found.inputs is None or not found.gradient_residual < known.gradient_residual:
         return known
     note = "the inputs come from gradient matching, from what the equations say: nothing proves that no others match"
@@ -59,3 +68,10 @@ def continued(
         samples=[replace(sample, status="approximate") for sample in known.samples] or found.samples,
         notes=[*known.notes, note],
     )
+
+
+def _fixed(known: Inversion) -> dict[str, Tensor]:
+    """The inputs of layers that belong to the samples found, without those that a layer's equations left open."""
+    open_layers = {layer.name for layer in known.layers if layer.proof == "none"}
+    size = known.batch_size if known.labels is None else len(known.labels)
+    return {n: f for n, f in known.features.items() if n not in open_layers and len(f) == size and bool(f.any())}

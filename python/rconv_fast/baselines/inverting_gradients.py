@@ -33,6 +33,7 @@ def inverting_gradients(
     box: tuple[float, float] | None = None,
     start: Tensor | None = None,
     held: Tensor | None = None,
+    features: Mapping[str, Tensor] | None = None,
     **options: Unpack[Options],
 ) -> Inversion:
     r"""Inverting Gradients [1]_: match the direction of the gradients, prefer smooth pictures.
@@ -62,6 +63,8 @@ def inverting_gradients(
         Where the first descent begins, instead of standard normal numbers.
     held : Tensor, bool, broadcastable to `start`, optional
         Values of `start` that are known and stay as they are.
+    features : mapping of str to Tensor, shape (B, ...), optional
+        Inputs of layers, by the layer's name, that are known; their relative distance is added to the objective.
     **options
         See ``rconv_fast.baselines.problem.Options``. Labels that are not given are read from the last layer first.
 
@@ -87,7 +90,8 @@ def inverting_gradients(
             if box is not None:
                 x.clamp_(*box)
 
-        objective = Objective(problem, cosine, weight=tv, start=start, held=held)
+        known = {name: value.detach().to(problem.like) for name, value in (features or {}).items()}
+        objective = Objective(problem, cosine, weight=tv, start=start, held=held, features=known)
 
         def attempt(generator: torch.Generator, first: bool) -> Descent:
             x = start.clone() if first and start is not None else problem.normal(shape, generator)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -39,6 +41,8 @@ def total_variation(x: Tensor) -> Tensor:
 class Objective:
     """``distance(gradients at x, gradients seen) + weight * prior(x)``, where some of x may be held.
 
+    Where inputs f of inner layers are known, ``sum_l ||f_l(x) - f_l||^2 / ||f_l||^2`` is added.
+
     Attributes
     ----------
     problem : Problem
@@ -53,6 +57,8 @@ class Objective:
         (B, ...), values of x where it is held.
     held : Tensor, optional
         Bool, broadcastable to x: what is not varied.
+    features : mapping of str to Tensor
+        Inputs of layers by name, (B, ...), as far as they are known.
     """
 
     problem: Problem
@@ -61,6 +67,7 @@ class Objective:
     weight: float = 0.0
     start: Tensor | None = None
     held: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def inputs(self, free: Tensor) -> Tensor:
         """x: the free values, or those held."""
@@ -71,12 +78,31 @@ class Objective:
         seen = self.problem.observation
         parameters = {n: p for n, p in self.problem.model.named_parameters() if n in seen.gradients}
         x = self.inputs(free)
-        loss = seen.factor * seen.loss(self.problem.model(x), targets)
+        # of torch's kinds of attention only this one can be differentiated twice
+        with inputs_of(self.problem.model, self.features) as inner, sdpa_kernel(SDPBackend.MATH):
+            loss = seen.factor * seen.loss(self.problem.model(x), targets)
         found = torch.autograd.grad(
             loss, list(parameters.values()), create_graph=True, allow_unused=True, materialize_grads=True
         )
         value = self.distance(found, [seen.gradients[name] for name in parameters])
+        for name, known in self.features.items():
+            value = value + (inner[name].flatten(1) - known.flatten(1)).square().sum() / known.square().sum()
         return value + self.weight * self.prior(x) if self.weight else value
+
+
+@contextmanager
+def inputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What the layers `names` are given while this is entered."""
+    given: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, n=name: given.update({n: inputs[0]}))
+        for name in names
+    ]
+    try:
+        yield given
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)
