@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
+Clock = Callable[[], float]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -113,18 +115,26 @@ class Timing:
     error: str | None = None
 
 
-def measure(function: Callable[[Any], Any], inputs: Any, *, once: bool, min_run_time: float) -> Timing:
+def measure(
+    function: Callable[[Any], Any],
+    inputs: Any,
+    *,
+    once: bool,
+    min_run_time: float,
+    clock: Clock = time.perf_counter,
+) -> Timing:
     """Time one callable after a warm-up; an exception becomes the timing's ``error``, not a missing line."""
     try:
         if once:
-            start = time.perf_counter()
+            start = clock()
             function(inputs)
             _wait()
-            return Timing(time.perf_counter() - start, 0.0, 1)
+            return Timing(clock() - start, 0.0, 1)
         function(inputs)
         timer = Timer(
             "function(inputs)",
             globals={"function": function, "inputs": inputs},
+            timer=clock,
             num_threads=torch.get_num_threads(),
         )
         measurement = timer.blocked_autorange(min_run_time=min_run_time)
@@ -137,24 +147,24 @@ def _failed() -> Timing:
     return Timing(None, None, 0, traceback.format_exc(limit=1).strip().splitlines()[-1])
 
 
-def run_entry(entry: Entry | Rate, *, min_run_time: float) -> dict[str, Any]:
+def run_entry(entry: Entry | Rate, *, min_run_time: float, clock: Clock = time.perf_counter) -> dict[str, Any]:
     """Measure an entry and all its references; the result is ready for JSON, also where the entry failed."""
     try:
         if isinstance(entry, Rate):
-            return _run_rate(entry)
-        return _run_entry(entry, min_run_time=min_run_time)
+            return _run_rate(entry, clock)
+        return _run_entry(entry, min_run_time=min_run_time, clock=clock)
     except Exception:  # the set-up, or the record
         return {"name": entry.name, "ours": asdict(_failed()), "references": {}}
 
 
-def _run_entry(entry: Entry, *, min_run_time: float) -> dict[str, Any]:
+def _run_entry(entry: Entry, *, min_run_time: float, clock: Clock) -> dict[str, Any]:
     inputs = entry.setup()
     kept: list[Any] = []  # a long run is not repeated for its record
 
     def run(given: Any) -> None:
         kept[:] = [entry.run(given)]
 
-    ours = measure(run if entry.once else entry.run, inputs, once=entry.once, min_run_time=min_run_time)
+    ours = measure(run if entry.once else entry.run, inputs, once=entry.once, min_run_time=min_run_time, clock=clock)
     result: dict[str, Any] = {"name": entry.name, "ours": asdict(ours), "references": {}}
     if ours.median is not None and (entry.n_bytes or entry.record):
         returned = kept[0] if kept else entry.run(inputs)
@@ -165,22 +175,22 @@ def _run_entry(entry: Entry, *, min_run_time: float) -> dict[str, Any]:
             result["record"] = entry.record(returned)
         del returned
     for name, reference in entry.references.items():
-        theirs = measure(reference, inputs, once=entry.once, min_run_time=min_run_time)
+        theirs = measure(reference, inputs, once=entry.once, min_run_time=min_run_time, clock=clock)
         result["references"][name] = asdict(theirs)
         if ours.median and theirs.median:
             result["references"][name]["ratio"] = theirs.median / ours.median
     return result
 
 
-def _run_rate(rate: Rate) -> dict[str, Any]:
+def _run_rate(rate: Rate, clock: Clock) -> dict[str, Any]:
     seconds, quality, failures, verified = [], [], {}, 0
     for name, setup in rate.cases.items():
         try:
             inputs = setup()
-            start = time.perf_counter()
+            start = clock()
             returned = rate.run(inputs)
             _wait()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
             outcome = rate.judge(returned)
         except Exception as error:
             outcome = Outcome(False, float("nan"), f"{type(error).__name__}: {error}".splitlines()[0])

@@ -8,10 +8,14 @@ from typing import Any
 from torch import nn
 
 from bench import Entry, Target
+from entries_invert import attack
+from fewest import fewest
 from rconv_fast import models
 from rconv_fast.audit import AuditReport, audit, rank_analysis
 
 NETWORKS = {"lenet_o": (3, 32, 32), "cnn6": (3, 32, 32), "cnn3": (3, 32, 32), "cnn4_224": (3, 224, 224)}
+
+FEWEST = (("lenet_o", "relu"), ("cnn6_o", "relu"), ("cnn6", "leaky_relu"), ("cnn3", "relu"))
 
 
 def analyse(shape: tuple[int, ...], batch: int, model: nn.Module) -> Any:
@@ -48,14 +52,28 @@ def entries(target: Target) -> list[Entry]:
         )
         for name in ("lenet_o", "cnn3")
     ]
-    return whole + [
+    few = [
         Entry(
-            f"audit/rank-{name}/{batch}/{target.name}",
-            models.MODELS[name],
-            partial(analyse, shape, batch),
-            record=facts,
-            quick=name == "lenet_o",
+            f"audit/fewest-constraints-{network}-{activation}/1/{target.name}",
+            partial(attack, network, activation, target),
+            fewest,
+            record=dict,
+            once=True,
         )
-        for name, shape in NETWORKS.items()
-        for batch in (1, 8)
+        for network, activation in FEWEST
     ]
+    return (
+        whole
+        + few
+        + [
+            Entry(
+                f"audit/rank-{name}/{batch}/{target.name}",
+                models.MODELS[name],
+                partial(analyse, shape, batch),
+                record=facts,
+                quick=name == "lenet_o",
+            )
+            for name, shape in NETWORKS.items()
+            for batch in (1, 8)
+        ]
+    )

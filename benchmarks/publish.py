@@ -246,7 +246,7 @@ def machine(facts: Result) -> str:
     gpus = "".join(f"{name}, " for name in facts["devices"])
     return (
         f"{gpus}{facts['cpu']}, {facts['threads']} thread(s), torch {facts['torch']}, numpy {facts['numpy']}, "
-        f"scipy {facts['scipy']}; {facts['time'][:10]}, commit {facts['commit']}."
+        f"scipy {facts['scipy']}; {facts.get('clock', 'wall time')}; {facts['time'][:10]}, commit {facts['commit']}."
     )
 
 

@@ -22,7 +22,7 @@ bench, builders, others, build, leaks, publish, roofline, run = (
     importlib.import_module(name)
     for name in ("bench", "builders", "builders_others", "entries_build", "leaks", "publish", "roofline", "run")
 )
-layers, rivals = (importlib.import_module(name) for name in ("single_layers", "single_layers_others"))
+layers, rivals, fewest = (importlib.import_module(name) for name in ("single_layers", "single_layers_others", "fewest"))
 SIZES = [(4, 9, 3, 1, 1), (3, 10, 5, 2, 2), (2, 11, 4, 3, 0)]  # filters, side, kernel, stride, padding
 
 
@@ -224,6 +224,13 @@ def test_shares_of_the_limits() -> None:
 
 
 # --- Tables -----------------------------------------------------------------------------------------------
+
+
+def test_the_fewest_constraints_are_enough_and_one_filter_less_is_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, 1, 1), nn.LeakyReLU(), nn.Flatten(), nn.Linear(96, 5)).double()
+    given = leaks.leak(model, torch.rand(1, 1, 4, 4, dtype=torch.float64), torch.tensor([2]), bench.Target())
+    assert fewest.fewest(given) == {"0": "18 of 150 (12.0%)"}  # 2 filters of 9 for 16 values, of 96 + 54
 
 
 def test_every_kind_of_result_becomes_a_table() -> None:
