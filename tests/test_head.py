@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from rconv_fast.errors import ArgumentError, ArgumentTypeError
 from rconv_fast.heads import recover_linear_input, separate_softmax_batch
 from rconv_fast.heads import softmax as head_module
-from rconv_fast.heads.head import rounding_of
 from rconv_fast.heads.spectrum import numerical_rank
+from rconv_fast.rounding import rounding_of
 
 
 @dataclass

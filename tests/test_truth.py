@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -260,7 +261,7 @@ def test_tokens_are_listed_by_an_embedding_behind_which_nothing_is_solved() -> N
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_loud_noise_is_verified_with_error_bars_only(batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no joint estimate can be had, a fit to loud noise says nothing of what the noise hides."""
-    monkeypatch.setattr("rconv_fast.estimate.answer.DENSE_UP_TO", 0)
+    monkeypatch.setattr(sys.modules["rconv_fast.invert"], "DENSE_UP_TO", 0)
     model = network()
     shared = gradients_of(model, photo(SIZE))
     result = invert(model, shared, (3, SIZE, SIZE), noise=0.1, batch_size=batch_size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rconv_fast.budget import Budget
 from rconv_fast.errors import InterruptedInversionError, require
 from rconv_fast.estimate import Grid, Quantum, entry_noise, joint_answer, snapped, with_arithmetic
+from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
 from rconv_fast.heads.tokens import token_ids
@@ -255,7 +256,9 @@ def _estimated(request: Request, answer: Answer, observation: Observation, repor
     repeated = bool((head.multiplicities > 1).any())  # only the sum of what moves equal samples shows
     enough = answer.good and not answer.loud and request.grid is None
     covered = not graph.unread and not graph.in_training and request.gradients.steps == 1
-    if not covered or repeated or request.budget.spent or enough:
+    shape = torch.Size((len(head.labels), *request.shape))
+    small = shape.numel() <= DENSE_UP_TO  # asked before a copy of the model in working precision is made
+    if not covered or repeated or request.budget.spent or enough or not small:
         return answer
     report(Event("input", "joint estimate"))
     found = joint_answer(
@@ -263,7 +266,7 @@ def _estimated(request: Request, answer: Answer, observation: Observation, repor
         observation,
         head.labels,
         head.values,
-        torch.Size((len(head.labels), *request.shape)),
+        shape,
         answer.inputs,
         request.budget,
         good=answer.good,

@@ -89,7 +89,8 @@ def _checked(function: str, argument: str, value: Any, shape: Sequence[int]) -> 
     tensor = as_tensor(value)
     require_type(tensor.is_floating_point(), function, argument, "be of a real floating type", tensor.dtype)
     require(tuple(tensor.shape) == shape, function, argument, f"have shape {shape}", tuple(tensor.shape))
-    require(bool(torch.isfinite(tensor).all()), function, argument, "be finite", "NaN or Inf")
+    finite = not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())  # makes no copy
+    require(finite, function, argument, "be finite", "NaN or Inf")
     return tensor
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from rconv_fast.budget import Budget
 from rconv_fast.errors import UnsupportedModelError, require, require_type
 from rconv_fast.estimate import Grid, noise_of
-from rconv_fast.heads.head import rounding_of
 from rconv_fast.layers.dropout import with_masks
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Noise, Observation, SharedGradients
+from rconv_fast.on_demand import OnDemand
+from rconv_fast.rounding import rounding_of
 from rconv_fast.solve import PRIORS
 from rconv_fast.verdict import DOUBLE
 from rconv_fast.walk.found import Pass
@@ -54,7 +55,8 @@ class Request:
         """The gradients in working precision."""
         device = next(self.model.parameters()).device
         rounding = rounding_of(*self.gradients.values()) / 2
-        working = {name: g.detach().to(device=device, dtype=self.dtype) for name, g in self.gradients.items()}
+        shared, dtype = self.gradients, self.dtype
+        working = OnDemand(shared, lambda name: shared[name].detach().to(device=device, dtype=dtype))
         noise, source = self._noise(rounding)
         scale = self.scale if self.gradients.scale_known else None
         return Observation(working, self.loss, noise=noise, rounding=rounding, scale=scale, source=source)
@@ -74,8 +76,8 @@ class Request:
     def is_loud(self) -> bool:
         """Whether the noise hides more than the equations' own rounding: an answer then needs error bars."""
         seen = self.observation
-        if not seen.noise:
-            return False
+        if not seen.noise or self.is_rounding:
+            return bool(seen.noise) and seen.rounding > QUIET
         noise2 = sum(float(seen.sigma(n).expand_as(g).square().sum()) for n, g in seen.gradients.items())
         size2 = sum(float(g.double().square().sum()) for g in seen.gradients.values())
         return noise2 > QUIET**2 * size2

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import LinAlgError
-from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.joint import Estimate, estimate
 from rconv_fast.estimate.noise_model import with_arithmetic
@@ -44,7 +43,7 @@ def joint_answer(
     known : mapping of str to Tensor
         Inputs of the last layers that a reading of the head found, by step name.
     shape : torch.Size
-        (B, \*input_shape).
+        (B, \*input_shape), at most `DENSE_UP_TO` values.
     inputs : Tensor or None
         What the exact recursion found.
     budget : Budget
@@ -61,10 +60,8 @@ def joint_answer(
     Returns
     -------
     Estimate or None
-        None where there is no start, where something is wholly open, or the input has more values than `DENSE_UP_TO`.
+        None where there is no start, or where something is wholly open.
     """
-    if shape.numel() > DENSE_UP_TO:
-        return None
     sigma = {name: observation.sigma(name) for name in observation.gradients}
     problem = GradientMap.read(
         model, observation.loss, targets, observation.gradients, sigma, shape, observation.factor

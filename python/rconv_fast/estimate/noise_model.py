@@ -16,17 +16,17 @@ from torch import Tensor, nn
 
 from rconv_fast.errors import require
 from rconv_fast.observation import Noise, Observation, SharedGradients
+from rconv_fast.on_demand import OnDemand
+from rconv_fast.rounding import rounded_to
 from rconv_fast.updates import spacing
 
-# Widest first: the first type that holds all values is not the one they were rounded to, the last is.
-_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Rounding of back-propagation, in units of the type's own for a value of the tensor's root mean square.
 BACKPROPAGATION = 4.0
 
 
 def noise_of(
     gradients: Mapping[str, Tensor], noise: float | Noise | None = None, *, arithmetic: torch.dtype | None = None
-) -> tuple[dict[str, Tensor], str]:
+) -> tuple[Mapping[str, Tensor], str]:
     """Standard deviation of every entry, and in words where it comes from.
 
     Parameters
@@ -41,16 +41,17 @@ def noise_of(
 
     Returns
     -------
-    dict of str to Tensor, str
-        Standard deviations in float64, of each gradient's shape or a number; a phrase for the report.
+    mapping of str to Tensor, str
+        Standard deviations in float64, of each gradient's shape or a number, made when they are asked for; a phrase
+        for the report.
 
     Raises
     ------
     ArgumentError
         If a standard deviation is negative or not finite, or has another shape.
     """
-    arithmetic = rounded_to(gradients) if arithmetic is None else arithmetic
-    floor = {name: _rounding(g, arithmetic) for name, g in gradients.items()}
+    arithmetic = rounded_to(gradients.values()) if arithmetic is None else arithmetic
+    floor = OnDemand(gradients, lambda name: _rounding(gradients[name], arithmetic))
     own = gradients.noise if isinstance(gradients, SharedGradients) else None
     given, source = (noise, "given") if noise is not None else (own, "recorded with the gradients")
     if given is None:
@@ -58,15 +59,15 @@ def noise_of(
     if not isinstance(given, Mapping):
         require(0 <= given < math.inf, "invert", "noise", "be finite and >= 0", given)
         given = {name: given * _rms(g) for name, g in gradients.items()}
-    found = {}
+    stated: dict[str, Tensor] = {}
     for name, g in gradients.items():
-        sigma = torch.as_tensor(given.get(name, 0.0), dtype=torch.float64, device=g.device)
+        sigma = torch.as_tensor(given.get(name, 0.0), device=g.device)
         valid = bool((sigma >= 0).all()) and not bool(sigma.isnan().any())
         require(valid, "invert", f"noise[{name!r}]", "be >= 0", "NaN or a negative number")
         fits = sigma.ndim == 0 or sigma.shape == g.shape
         require(fits, "invert", f"noise[{name!r}]", f"be a number or have shape {tuple(g.shape)}", tuple(sigma.shape))
-        found[name] = torch.hypot(sigma, floor[name])
-    return found, source
+        stated[name] = sigma
+    return OnDemand(stated, lambda name: torch.hypot(stated[name].double(), floor[name])), source
 
 
 def arithmetic_noise(
@@ -111,19 +112,6 @@ def entry_noise(observation: Observation, name: str) -> Tensor:
     g = observation.gradients[name]
     least = torch.finfo(torch.float64).eps * float(g.square().mean().sqrt())
     return observation.sigma(name).to(g).clamp_min(least if least > 0 else math.inf)
-
-
-def rounded_to(gradients: Mapping[str, Tensor]) -> torch.dtype:
-    """The narrowest floating type that holds all values: the one they were rounded to, whatever they are stored in."""
-    found = torch.float64
-    for dtype in _TYPES:
-        if all(_holds(dtype, g) for g in gradients.values()):
-            found = dtype
-    return found
-
-
-def _holds(dtype: torch.dtype, values: Tensor) -> bool:
-    return bool((values.double() == values.to(dtype).double()).all())
 
 
 def _rounding(g: Tensor, arithmetic: torch.dtype) -> Tensor:

@@ -205,13 +205,14 @@ def _softmax_outcome(
     graph: Graph, head: Head, dtype: torch.dtype, batch_size: int | None, labels: Sequence[int] | Tensor | None
 ) -> HeadOutcome:
     """The samples of a batch: from the head, or from a stack of ReLU layers where the head mixes too many."""
-    step, stack = graph.steps[graph.output], _relu_stack(graph)
+    step = graph.steps[graph.output]
     given = checked_labels("invert", labels, head.n_classes, batch_size, head.weight.device)
     found = separate(head, batch_size, given).to(dtype)
     values, notes = {step.inputs[0]: found.inputs}, [found.reason] if found.reason else []
     loss = head.loss
     plain = loss.label_smoothing == 0 and loss.class_weights is None and head.scale == 1 and not head.noisy
-    if not found.complete and stack is not None and plain:
+    stack = _relu_stack(graph) if plain and not found.complete else None
+    if stack is not None:
         peeled = peel_relu_batch(
             stack.layers, stack.gradients,
             batch_size=batch_size, reduction=head.loss.reduction, time_limit=head.budget.left,

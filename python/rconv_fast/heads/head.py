@@ -10,9 +10,8 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.errors import require, require_type
 from rconv_fast.losses import REDUCTIONS, Loss
+from rconv_fast.rounding import rounding_of
 
-# Values looked at before a whole tensor.
-_PROBE = 256
 # Noise below this share of the gradient is treated as rounding: the equations then hold exactly for all purposes.
 _ROUNDING_LIKE = 1e-6
 
@@ -170,17 +169,3 @@ def check_head(
         require(tuple(bias.shape) == wanted, function, "bias", f"have shape {wanted}", tuple(bias.shape))
     require(grad_bias is None or bias is not None, function, "bias", "be given with grad_bias", None)
     require(reduction in REDUCTIONS, function, "reduction", f"be one of {', '.join(REDUCTIONS)}", repr(reduction))
-
-
-def rounding_of(*tensors: Tensor | None) -> float:
-    """Unit roundoff of the coarsest format that holds every value: float64 gradients may be rounded float32."""
-    given = [t.detach().reshape(-1) for t in tensors if t is not None]
-    for coarse in (torch.bfloat16, torch.float16, torch.float32):
-        # a few values decide almost always
-        if all(_holds(coarse, t[:_PROBE]) for t in given) and all(_holds(coarse, t) for t in given):
-            return float(torch.finfo(coarse).eps)
-    return float(torch.finfo(torch.float64).eps)
-
-
-def _holds(coarse: torch.dtype, values: Tensor) -> bool:
-    return values.dtype == coarse or bool((values.to(coarse).to(values.dtype) == values).all())

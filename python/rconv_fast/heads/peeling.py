@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import require
-from rconv_fast.heads.head import check_head, rounding_of
+from rconv_fast.heads.head import check_head
 from rconv_fast.heads.separation import HeadSeparation
 from rconv_fast.heads.spectrum import numerical_rank
+from rconv_fast.rounding import rounding_of
 
 # A candidate's predicted gradient may differ from the given one by this many roundings, relative to the sum of
 # what has been added and subtracted there.

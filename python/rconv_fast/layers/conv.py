@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from rconv_fast.layers.activation import MIN_DERIVATIVE
 from rconv_fast.layers.base import Rule
 from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.solve import GradientRows, Rows, WeightRows
+
+# Entries of a fully connected layer's weight that are converted at once.
+TOGETHER = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -77,20 +80,33 @@ class ConvRule(Rule):
         return y.reshape(len(y), self.geometry.out_channels, *self.geometry.out_size)
 
     def pull_gradient(self, grad: Tensor, y: Tensor | None, operand: int, shape: torch.Size) -> Tensor:
-        """``A^T g``."""
-        return apply_weight_adjoint(self.geometry, self._as_output(grad), self.weight).reshape(shape)
+        """``A^T g``; of a large fully connected layer some columns of the weight at a time."""
+        if not self.is_linear:
+            return apply_weight_adjoint(self.geometry, self._as_output(grad), self.weight).reshape(shape)
+        together = max(1, TOGETHER // self.geometry.out_channels)
+        parts = self.stored.weight.reshape(self._weight_shape[:2]).split(together, dim=1)
+        return torch.cat([grad.flatten(1) @ part.to(self.dtype) for part in parts], 1).reshape(shape)
 
     def rows(self, grad: Tensor, y: Knowledge | None, shape: torch.Size) -> list[Rows]:
         """Gradient constraints, and weight constraints where pre-activations are known."""
         rows: list[Rows] = []
-        grad_weight = self.grad_weight
-        if grad_weight is not None:
+        if self.stored.grad_weight is not None:
+            grad_weight = self.stored.grad_weight.reshape(self._weight_shape)
             # g = A' dL/da, and A' is known to a rounding of 1: the relative noise of g is 1/A', y's weight is A'.
             noise = None if y is None else self._as_output(grad.abs() / y.weight.clamp_min(MIN_DERIVATIVE))
-            rows.append(GradientRows.create(self.geometry, grad_weight, self._as_output(grad), noise))
+            rows.append(self._gradient_rows(grad_weight, self._as_output(grad), noise))
         if y is not None and bool((y.weight > 0).any()):
             output = self._as_output(y.value)
             if self.bias is not None:
                 output = output - self.bias.reshape(1, -1, *(1,) * self.geometry.ndim)
-            rows.append(WeightRows.create(self.geometry, self.weight, output, self._as_output(y.weight)))
+            weight = self.stored.weight.reshape(self._weight_shape)
+            rows.append(WeightRows.create(self.geometry, weight, output, self._as_output(y.weight)))
         return rows
+
+    def _gradient_rows(self, grad_weight: Tensor, grad: Tensor, noise: Tensor | None) -> GradientRows:
+        """All rows; of a fully connected layer those of outputs that pass a gradient: half of them behind a ReLU."""
+        live = grad.flatten(2).ne(0).any(dim=2).any(dim=0)
+        if not self.is_linear or self.geometry.groups > 1 or not 0 < int(live.sum()) < len(live):
+            return GradientRows.create(self.geometry, grad_weight, grad, noise)
+        part = replace(self.geometry, out_channels=int(live.sum()))
+        return GradientRows.create(part, grad_weight[live], grad[:, live], None if noise is None else noise[:, live])

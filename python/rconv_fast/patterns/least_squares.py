@@ -128,6 +128,10 @@ class WeightedSolver:
         return conjugate_gradients(normal, precondition, rhs, x, ITERATIONS, RTOL)
 
 
+# Entries of the weights of several output positions that are held at once.
+TOGETHER = 1 << 22
+
+
 @lru_cache(maxsize=8)
 def meeting_places(geometry: ConvGeometry, device: torch.device) -> Tensor:
     """The input position that output u and offset k meet, (U, n_taps); n_input in the padding."""
@@ -146,7 +150,7 @@ def meeting_places(geometry: ConvGeometry, device: torch.device) -> Tensor:
 def value_gram(geometry: ConvGeometry, weight: Tensor, row_weight: Tensor) -> Tensor:
     """``W^T diag(S) W`` (C, n, C, n) of one sample: ``sum_{f,u} S[f,u] W[f,c,k] W[f,c',k']`` where u meets i, i'.
 
-    The products of weights are summed over the filters first: (U, F) times (F, (C K)^2).
+    Of each output position ``w^T diag(S[:, u]) w``, w (F, C K), some positions at a time.
     """
     n, groups = geometry.n_input, geometry.groups
     place = meeting_places(geometry, weight.device)
@@ -154,12 +158,15 @@ def value_gram(geometry: ConvGeometry, weight: Tensor, row_weight: Tensor) -> Te
     total = weight.new_zeros(geometry.in_channels, n, geometry.in_channels, n)
     entry = (torch.arange(channels, device=weight.device)[:, None, None] * (n + 1) + place).transpose(0, 1).flatten(1)
     side = channels * (n + 1)
-    where = (entry[:, :, None] * side + entry[:, None, :]).flatten()
+    where = entry[:, :, None] * side + entry[:, None, :]
     for group in range(groups):
         filters = slice(group * len(weight) // groups, (group + 1) * len(weight) // groups)
         w = weight[filters].flatten(1)
-        products = row_weight[filters].mT @ (w[:, :, None] * w[:, None, :]).flatten(1)
-        block = weight.new_zeros(side * side).index_add_(0, where, products.flatten())
+        block = weight.new_zeros(side * side)
+        together = max(1, TOGETHER // w.numel())
+        for rows, places in zip(row_weight[filters].mT.split(together), where.split(together), strict=True):
+            products = (w.mT * rows[:, None]) @ w
+            block.index_add_(0, places.flatten(), products.flatten())
         block = block.view(channels, n + 1, channels, n + 1)[:, :n, :, :n]
         own = slice(group * channels, (group + 1) * channels)
         total[own, :, own] = block

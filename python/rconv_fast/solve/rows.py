@@ -77,7 +77,7 @@ class GradientRows:
         return cls(
             geometry,
             grad_output * scale.reshape(1, -1, *spatial),
-            grad_weight * scale.reshape(-1, 1, *spatial),
+            grad_weight.to(scale.dtype, copy=True).mul_(scale.reshape(-1, 1, *spatial)),  # one copy, not two
         )
 
     @staticmethod
@@ -155,9 +155,14 @@ class WeightRows:
     """Weight constraints ``w (o - bias) = w A x`` (R-CONV, section 4); ``row_weight`` w: 0 for unknown o."""
 
     geometry: ConvGeometry
-    weight: Tensor
+    stored: Tensor
     row_weight: Tensor
     rhs: Tensor
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The layer's weight in the precision of the rows; a large one is converted only if a product needs it."""
+        return self.stored.to(self.rhs.dtype)
 
     @classmethod
     def create(cls, geometry: ConvGeometry, weight: Tensor, output: Tensor, row_weight: Tensor) -> WeightRows:
@@ -210,7 +215,6 @@ class WeightRows:
         """The block in another dtype."""
         return replace(
             self,
-            weight=self.weight.to(dtype),
             row_weight=self.row_weight.to(dtype),
             rhs=self.rhs.to(dtype),
         )

@@ -71,6 +71,7 @@ def _other_thresholds(
     behind = passed.known(names[names.index(chosen) :])
     used = passed.contradiction.factor
     best, best_pattern = passed, pattern.with_threshold(chosen, used)
+    tried = [passed.values[chosen]]
     for factor in (THRESHOLD_FACTOR, *OTHER_FACTORS):
         if factor == used:
             continue
@@ -78,6 +79,10 @@ def _other_thresholds(
             Event(passed.reports[step].name, f"retry with another threshold at {graph.steps[chosen].label}")
         )
         trial = pattern.with_threshold(chosen, factor)
+        sides = run_pass(graph, grad_logits, behind, trial, options, until=chosen).values[chosen]
+        if any(torch.equal(sides, other) for other in tried):
+            continue
+        tried.append(sides)
         other = run_pass(graph, grad_logits, behind, trial, options, until=step)
         reached = other.stop is None and step in other.reports  # a contradiction before it ends a pass as well
         if reached and other.reports[step].residual < best.reports[step].residual / 2:

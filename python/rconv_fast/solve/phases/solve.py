@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from rconv_fast.solve.dense import solve_rank_revealing
 from rconv_fast.solve.krylov import refine
 from rconv_fast.solve.phases.factors import STACK_BYTES, GramFactor, PhaseFactor, PhaseStack, phase_stacks
 from rconv_fast.solve.phases.gram import gram_condition, group_filters, output_gram, phase_gram, phase_rows, tap_windows
-from rconv_fast.solve.rows import GradientRows, System
+from rconv_fast.solve.rows import GradientRows, System, norm
 from rconv_fast.solve.solution import Evidence, Solution
 
 # The Cholesky factor of the Gram matrix is exact enough to precondition while condition^2 * eps is small; the
 # recomputed residuals then bring full accuracy. Above this the phase goes to the rank-revealing SVD.
 MAX_CHOLESKY_CONDITION = 1e6
+# Entries of the right-hand sides that are solved for at once: those of more channels would leave the cache.
+TOGETHER = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -74,27 +77,43 @@ def solve_by_phases(rows: GradientRows, shape: torch.Size, rtol: float) -> Solut
             stack.scatter(x, dense.x[None])
             stack.scatter(determined, dense.determined[None, :, None].expand(-1, -1, per_group))
             rank, condition = rank + dense.rank * per_group, max(condition, dense.condition)
-    system = System(shape, (rows,))
-    iterations = 0
-    if factors:
-        inverse = GramFactor(tuple(factors))
-        rhs = [rows.rhs - rows.apply(x)]
-        result = refine(system, inverse.solve, rhs=rhs, inner_rtol=1e-12, rtol=rtol, max_iterations=30)
-        for factor in factors:  # the SVD's phases keep their minimum-norm values
-            factor.stack.scatter(x, factor.stack.gather(result.x))
-        iterations = result.iterations
+    inverse = GramFactor(tuple(factors))
+    iterations, missed, seen = 0, 0.0, 0.0
+    for channels, part in _channel_parts(rows):
+        some = x[:, channels]
+        if factors:
+            system, rhs = System(some.shape, (part,)), [part.rhs - part.apply(some)]
+            result = refine(system, inverse.solve, rhs=rhs, inner_rtol=1e-12, rtol=rtol, max_iterations=30)
+            for factor in factors:  # the SVD's phases keep their minimum-norm values
+                factor.stack.scatter(some, factor.stack.gather(result.x))
+            iterations = max(iterations, result.iterations)
+        missed = math.hypot(missed, norm([part.rhs - part.apply(some)]))
+        seen = math.hypot(seen, norm([part.rhs]))
     direct = sum(len(factor.stack.phases) for factor in factors) == len(counts)
     evidence = Evidence(
         rank=rank,
-        unknowns=system.unknowns,
+        unknowns=math.prod(shape),
         rows=rows.count,
-        residual=system.residual(x),
+        residual=missed / seen if seen > 0 else 0.0,
         condition=condition,
         solver="phase-cholesky" if direct else "phase-svd",
         proof="cholesky" if direct else "eigenvalues",
         iterations=iterations,
     )
     return Solution(x, determined, evidence)
+
+
+def _channel_parts(rows: GradientRows) -> Iterator[tuple[slice, GradientRows]]:
+    """The rows of some channels at a time: one matrix serves all of them, so that none waits for another."""
+    geometry = rows.geometry
+    together = max(1, TOGETHER // (geometry.out_channels * geometry.n_taps))
+    if geometry.groups > 1 or together >= geometry.in_channels:
+        yield slice(None), rows
+        return
+    for first in range(0, geometry.in_channels, together):
+        channels = slice(first, min(first + together, geometry.in_channels))
+        part = replace(geometry, in_channels=channels.stop - first)
+        yield channels, replace(rows, geometry=part, rhs=rows.rhs[:, channels])
 
 
 def _factor_group(

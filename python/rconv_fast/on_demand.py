@@ -1,0 +1,35 @@
+"""Tensors made when they are asked for: of a large model there is never a second copy in another precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+# Tensors of up to this many values are kept once they are made.
+KEPT = 1 << 20
+
+
+class OnDemand(Mapping[str, Tensor]):
+    """Tensors by name; `make` gives one of them."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+        self._kept: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        made = self._kept.get(name)
+        if made is None:
+            made = self._make(name)
+            if made.numel() <= KEPT:
+                self._kept[name] = made
+        return made
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
