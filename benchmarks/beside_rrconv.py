@@ -1,7 +1,8 @@
 """Whole attacks on one photo, beside the R-CONV authors' own code on the same photo and parameters, in one run.
 
-``python benchmarks/beside_rrconv.py --peer-rrconv CHECKOUT [--filter TEXT] [--threads 1] [--out FILE]``.
-CHECKOUT is a clone of https://github.com/tamertaras91/RR-CONV; it is run as it is.
+``python benchmarks/beside_rrconv.py --peer-rrconv CHECKOUT [--filter TEXT] [--out FILE]``.
+CHECKOUT is a clone of https://github.com/tamertaras91/RR-CONV; it is run as it is. Both are measured in their process'
+own time, which is what a clock shows on one thread of an idle machine.
 """
 
 from __future__ import annotations
@@ -60,19 +61,19 @@ def theirs_leak(attack: Attack, parameters: list[Tensor]) -> Leak:
     return leak(model, face(), torch.tensor([LABEL]), Target())
 
 
-def side_by_side(attack: Attack, checkout: Path, threads: int, repeats: int) -> dict[str, Any]:
+def side_by_side(attack: Attack, checkout: Path, repeats: int) -> dict[str, Any]:
     """Measure both in turn on the peer's own parameters; its clock is its own, from the gradients to the photo."""
-    theirs, seconds = [run_peer("rrconv", checkout, face()[0], threads, attack.network, attack.activation)], []
+    theirs, seconds = [run_peer("rrconv", checkout, face()[0], 1, attack.network, attack.activation)], []
     leaked = theirs_leak(attack, theirs[0]["parameters"])
     if not torch.equal(theirs[0]["original"].reshape(leaked.x.shape), leaked.x):
         raise RuntimeError(f"{attack.name}: the peer was given another photo")
     for turn in range(attack.peer_repeats):
         if turn:
-            theirs.append(run_peer("rrconv", checkout, face()[0], threads, attack.network, attack.activation))
+            theirs.append(run_peer("rrconv", checkout, face()[0], 1, attack.network, attack.activation))
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = time.process_time()
             returned = ours(leaked)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
     peer_seconds = [t["seconds"] for t in theirs]
     mine, other = statistics.median(seconds), statistics.median(peer_seconds)
     return {
@@ -91,7 +92,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-rrconv", type=Path, required=True, metavar="CHECKOUT")
     parser.add_argument("--filter", default="", help="only attacks whose name contains this text")
-    parser.add_argument("--threads", type=int, default=1, help="for both sides")
     parser.add_argument("--repeats", type=int, default=7, help="of ours, after each run of theirs; the medians count")
     parser.add_argument("--out", type=Path, help="write all figures and the machine's facts as JSON")
     arguments = parser.parse_args()
@@ -99,11 +99,11 @@ def main() -> int:
         parser.error(f"--peer-rrconv must hold main.py, got {arguments.peer_rrconv}")
     from run import machine
 
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     results = []
     print(f"{'':32}{'ours':>9}  {'PSNR':>7}  {'verified':>8}  {'theirs':>9}  {'PSNR':>7}  {'ratio':>7}")
     for attack in (a for a in ATTACKS if arguments.filter in a.name):
-        line = side_by_side(attack, arguments.peer_rrconv, arguments.threads, arguments.repeats)
+        line = side_by_side(attack, arguments.peer_rrconv, arguments.repeats)
         mine, peer = line["ours"], line["rrconv"]
         print(
             f"{line['name']:32}{mine['seconds']:8.3f}s  {mine['worst psnr']:7.1f}  {mine['verified']!s:>8}"
@@ -112,7 +112,7 @@ def main() -> int:
         )
         results.append(line)
     if arguments.out:
-        settings = {"threads": arguments.threads, "peer_commit": commit_of(arguments.peer_rrconv), **machine()}
+        settings = {**machine(), "peer_commit": commit_of(arguments.peer_rrconv), "clock": "process time"}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"machine": settings, "results": results}, indent=2) + "\n")
     return 0
