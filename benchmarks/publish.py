@@ -190,6 +190,7 @@ def of_paper(results: list[Result]) -> str:
         mse, psnr, time = r["mse"], r["psnr"], r["time"]
         none, many = psnr["mean"] is None, r["images"] > 1
         failed = ", ".join(f"{i} ({decibels(value)})" for i, value in r["failures"].items())
+        failed = "all" if r["recovered"] == 0 and none else failed
         rows.append(
             [
                 r["network"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -31,3 +32,9 @@ def deadly(log: str) -> nn.Module:
     """Kill every process that calls it."""
     os.kill(os.getpid(), signal.SIGKILL)
     return network(log)
+
+
+def slow() -> nn.Module:
+    """Take so long that a sweep can be killed in the middle; the log's name is in the environment."""
+    time.sleep(0.2)
+    return network(os.environ["SWEEP_LOG"])

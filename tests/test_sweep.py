@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -130,9 +135,35 @@ def test_ray_runs_the_same_cases(folder: Path, tmp_path: Path) -> None:
     assert all(row["psnr"] > 150 for row in rows)
 
 
-def _paths() -> dict[str, str]:
-    import sys
+@pytest.mark.slow
+@pytest.mark.parametrize("where", [("--jobs", "2"), ("--jobs", "2", "--ray", "local")], ids=["processes", "ray"])
+def test_a_sweep_that_is_killed_whole_goes_on_without_repeating(
+    where: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    if "--ray" in where:
+        pytest.importorskip("ray")
+    out, log = tmp_path / "table.parquet", tmp_path / "log"
+    noise = [text for sigma in range(10) for text in ("--noise", f"{sigma}e-6")]
+    given = ["sweep", "--model", "sweep_models:slow", "--images", str(folder), "--input-shape", "3x4x4", *noise]
+    command = [sys.executable, "-m", "rconv_fast", *given, "--attack", "aono", "--out", str(out), *where]
+    environment = os.environ | _paths() | {"SWEEP_LOG": str(log)}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    parts = Path(f"{out}.parts")
+    deadline = time.monotonic() + 300
+    while len(list(parts.glob("*.parquet"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    time.sleep(2)  # what a worker of Ray was at
+    kept, before = len(list(parts.glob("*.parquet"))), len(log.read_text().splitlines())
+    assert 5 <= kept < 40
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    rows = sweep.read_rows(out)
+    assert len({row["key"] for row in rows}) == len(rows) == 40
+    assert len(log.read_text().splitlines()) - before == 40 - kept + 1  # each SPEC is tried once first
 
+
+def _paths() -> dict[str, str]:
     return {"PYTHONPATH": ":".join(sys.path)}
 
 

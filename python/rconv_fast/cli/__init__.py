@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -27,6 +28,7 @@ def main() -> NoReturn:
         sys.path.insert(0, "")
     if "OMP_NUM_THREADS" not in os.environ:  # this process is ours; a library would not touch its caller's threads
         torch.set_num_threads(idle_cores())
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")  # torch says so once a process
     sys.exit(run())
 
 
