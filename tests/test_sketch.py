@@ -180,3 +180,35 @@ def test_the_estimate_and_the_factor_agree_on_what_is_shared() -> None:
         system = balance(System(torch.Size((2, 3, 12, 12)), (unlike,)), 1.0)
         preconditioner = SketchedDissection.create(system)
         assert preconditioner is None or len(preconditioner.factors) == 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_square_first_layer_is_solved_and_proven_by_the_dissection_alone(seed: int) -> None:
+    torch.manual_seed(seed)
+    g = make((3, 12), (32, 32), 5, stride=2, padding=2)
+    x, weight = torch.rand(1, 3, 32, 32, **DOUBLE), torch.rand(12, 3, 5, 5, **DOUBLE) - 0.5
+    grad, output = torch.randn(1, 12, 16, 16, **DOUBLE), apply_weight(g, x, weight)
+    gradient = GradientRows.create(g, apply_gradient(g, x, grad), grad)
+    system = System(x.shape, (gradient, WeightRows.create(g, weight, output, torch.ones_like(output))))
+    found = solve(system, rtol=1e-15)
+    assert found.solver == "cgls+dissection"
+    assert found.proof == "cholesky"
+    assert found.iterations <= 12
+    assert found.determined.all()
+    assert float((found.x - x).abs().max()) < 1e-10
+
+
+def test_a_sketch_that_leaves_equations_unsatisfied_is_no_answer() -> None:
+    """More filters repeat each other than a sketch has rows: gradient rows close the gap, all of them."""
+    torch.manual_seed(0)
+    g = make((2, 8), (16, 16), 4, stride=2, padding=1)
+    x, weight = torch.rand(1, 2, 16, 16, **DOUBLE), torch.randn(8, 2, 4, 4, **DOUBLE)
+    weight[-1] = weight[0]
+    grad, output = torch.randn(1, 8, 8, 8, **DOUBLE), apply_weight(g, x, weight)
+    gradient = GradientRows.create(g, apply_gradient(g, x, grad), grad)
+    system = System(x.shape, (gradient, WeightRows.create(g, weight, output, torch.ones_like(output))))
+    assert gradient.count > 64
+    found = solve(system, solver="hybrid", rtol=1e-14)
+    assert found.residual < 1e-11
+    assert found.determined.all()
+    assert float((found.x - x).abs().max()) < 1e-7

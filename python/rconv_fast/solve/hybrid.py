@@ -33,8 +33,9 @@ REPLACEMENT, MIXED_REPLACEMENT = 1e-9, 0.02
 MIXED_ENOUGH = 1e-12
 # Systems with more unknowns than this are solved to this residual: the last digits would cost a tenth of the time.
 LARGE_UNKNOWNS, LARGE_RTOL = 100_000, 1e-13
-# Rows that were left out of the iteration, or only sketched, hold up to this many times the residual of the others.
-LEFT_OUT = 10.0
+# Rows that were left out of the iteration, or only sketched, hold up to this many times the residual of the others,
+# whose rounding the iteration has made as small as can be.
+LEFT_OUT = 1e3
 # Holding zeros leads to the answer within so many iterations, or not at all.
 MAX_ITERATIONS_WITH_ZEROS = 400
 

@@ -49,8 +49,10 @@ MAX_INVERTED_UNKNOWNS = {"cpu": 0, "cuda": 4096}
 # Above this many unknowns the inner iterations run in float32 (four times faster convolutions on a CPU).
 MIXED_PRECISION_UNKNOWNS = 20_000
 MAX_ITERATIONS, MAX_MIXED_ITERATIONS = 2000, 5000
-# With fewer equations than unknowns the answer is a choice anyway.
+# With fewer equations than unknowns the answer is a choice anyway; with hardly more, what has not converged by then
+# does not in any time that one would wait.
 MAX_OPEN_ITERATIONS = 1000
+SCARCE, MAX_SCARCE_ITERATIONS = 1.2, 2000
 # Data asked to be solved less precisely than this are noisy.
 NOISY = 1e-12
 
@@ -231,8 +233,8 @@ def plans(system: System, rtol: float, max_iterations: int | None = None, *, all
     """The plans for a system, cheapest first; the next is for when the last could not be built or did not converge."""
     mixed = system.unknowns >= MIXED_PRECISION_UNKNOWNS and float32_is_exact(system.rhs[0].device)
     most = MAX_MIXED_ITERATIONS if system.unknowns >= MIXED_PRECISION_UNKNOWNS else MAX_ITERATIONS
-    if system.count < system.unknowns:
-        most = MAX_OPEN_ITERATIONS
+    if system.count < SCARCE * system.unknowns:
+        most = MAX_SCARCE_ITERATIONS if system.count >= system.unknowns else MAX_OPEN_ITERATIONS
     most = most if max_iterations is None else min(most, max_iterations)
     exact = rtol < NOISY
     open_ways = [way for way in WAYS if way.available(system) and not (all_rows and way is OUTPUTS)]
