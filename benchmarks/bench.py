@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import traceback
@@ -147,11 +148,16 @@ def _failed() -> Timing:
     return Timing(None, None, 0, traceback.format_exc(limit=1).strip().splitlines()[-1])
 
 
-def run_entry(entry: Entry | Rate, *, min_run_time: float, clock: Clock = time.perf_counter) -> dict[str, Any]:
-    """Measure an entry and all its references; the result is ready for JSON, also where the entry failed."""
+def run_entry(
+    entry: Entry | Rate, *, min_run_time: float, clock: Clock = time.perf_counter, rate_limit: float = math.inf
+) -> dict[str, Any]:
+    """Measure an entry and all its references; the result is ready for JSON, also where the entry failed.
+
+    A rate begins no further case after `rate_limit` seconds.
+    """
     try:
         if isinstance(entry, Rate):
-            return _run_rate(entry, clock)
+            return _run_rate(entry, clock, rate_limit)
         return _run_entry(entry, min_run_time=min_run_time, clock=clock)
     except Exception:  # the set-up, or the record
         return {"name": entry.name, "ours": asdict(_failed()), "references": {}}
@@ -182,9 +188,13 @@ def _run_entry(entry: Entry, *, min_run_time: float, clock: Clock) -> dict[str, 
     return result
 
 
-def _run_rate(rate: Rate, clock: Clock) -> dict[str, Any]:
-    seconds, quality, failures, verified = [], [], {}, 0
+def _run_rate(rate: Rate, clock: Clock, limit: float) -> dict[str, Any]:
+    seconds, quality, failures, verified, done = [], [], {}, 0, 0
+    end = time.monotonic() + limit
     for name, setup in rate.cases.items():
+        if done and time.monotonic() >= end:
+            break
+        done += 1
         try:
             inputs = setup()
             start = clock()
@@ -201,8 +211,8 @@ def _run_rate(rate: Rate, clock: Clock) -> dict[str, Any]:
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0, 0.0, 0.0]
     median = statistics.median(seconds) if seconds else None
     record = {
-        "cases": len(rate.cases),
-        "successes": len(rate.cases) - len(failures),
+        "cases": done,
+        "successes": done - len(failures),
         "verified": verified,
         "median psnr": statistics.median(quality) if quality else None,
         "least psnr": min(quality, default=None),

@@ -52,7 +52,5 @@ def entries(target: Target) -> list[Entry | Rate]:
     for width in WIDTHS:
         some = names if width == WIDTHS[0] else names[:N_FEWER]
         cases = {name: partial(attacked, name, (width, 256, 256, 256), target) for name in some}
-        found.append(
-            Rate(f"scale/rate-cnn4_224-{width}/{len(some)}-photos/{target.name}", cases, invert, judge, long=True)
-        )
+        found.append(Rate(f"scale/rate-cnn4_224-{width}/photos/{target.name}", cases, invert, judge, long=True))
     return found

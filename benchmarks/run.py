@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the small entries, briefly: a smoke test")
     parser.add_argument("--long", action="store_true", help="those too that take minutes each")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="process: on a CPU that others use too")
+    parser.add_argument("--rate-limit", type=float, default=math.inf, help="no further case of a rate after so many s")
     parser.add_argument("--seconds", type=float, default=1.0, help="least time a measurement takes")
     parser.add_argument("--out", type=Path, help="a JSON file, or a folder for one file a suite")
     arguments = parser.parse_args()
@@ -129,9 +131,10 @@ def main() -> int:
     for key, value in facts.items():
         print(f"{key:<20} {value}")
     print()
+    clock = CLOCKS[arguments.clock]
     results, least, begun = [], 0.05 if arguments.quick else arguments.seconds, time.perf_counter()
     for entry in chosen:
-        results.append(run_entry(entry, min_run_time=least, clock=CLOCKS[arguments.clock]))
+        results.append(run_entry(entry, min_run_time=least, clock=clock, rate_limit=arguments.rate_limit))
         show(results[-1])
     facts["whole run"] = f"{time.perf_counter() - begun:.0f} s, {time.process_time():.0f} s of the process"
     print(f"\n{'whole run':<20} {facts['whole run']}")

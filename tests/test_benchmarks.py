@@ -95,6 +95,7 @@ def test_a_rate_names_its_failures() -> None:
         "failures": {"b": "open", "c": "ValueError: no photo"},
     }
     assert result["ours"]["n"] == 2
+    assert bench.run_entry(rate, min_run_time=0.0, rate_limit=0.0)["record"]["cases"] == 1
 
 
 def test_what_is_verified_and_wrong_is_a_failure_of_its_own() -> None:
