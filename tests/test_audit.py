@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -119,6 +120,58 @@ def test_noise_makes_the_prediction_finite_and_the_map_of_the_inputs_shape() -> 
     mean_square = float(loud.leak_map.double().square().mean())
     assert -10 * math.log10(mean_square) == pytest.approx(loud.predicted_psnr, abs=1e-6)
     assert any(advice.change == "noise" and advice.after > 1e-4 for advice in loud.advice)
+
+
+def chain(activation: Callable[[], nn.Module], channels: int, filters: int, side: int, depth: int = 2) -> nn.Sequential:
+    """A strided convolution, `depth` - 1 more, and a linear layer."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(channels, filters, 3, 2, 1), activation()]
+    for _ in range(depth - 1):
+        layers += [nn.Conv2d(filters, filters, 3, 1, 1), activation()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * (side // 2) ** 2, 10)).double()
+
+
+def leaky() -> nn.Module:
+    return nn.LeakyReLU(0.2)
+
+
+# Activation, channels, filters, side, depth, batch size.
+CHAINS = [
+    (nn.ReLU, 1, 24, 12, 2, 1),
+    (leaky, 1, 16, 12, 2, 1),
+    (nn.Tanh, 3, 24, 12, 2, 1),
+    (nn.Sigmoid, 1, 16, 8, 2, 1),
+    (nn.ELU, 3, 16, 8, 2, 1),
+    (leaky, 1, 12, 16, 3, 1),
+    (leaky, 1, 24, 8, 2, 2),
+    (nn.GELU, 1, 16, 8, 2, 1),
+]
+
+
+@pytest.mark.slow
+def test_predicted_is_what_is_reached() -> None:
+    """Eight networks at four noise levels: the mean square error of three draws, within 3 dB of the bound."""
+    lost, off = [], []
+    for activation, channels, filters, side, depth, batch in CHAINS:
+        model, x = chain(activation, channels, filters, side, depth), photo(side, batch, channels)
+        y = torch.arange(batch) % 7 + 1
+        for noise in (1e-5, 1e-4, 1e-3, 1e-2):
+            case = (activation.__name__, side, depth, batch, noise)
+            options = {"batch_size": batch, "noise": noise, "probe": (x, y), "run": False, "advice": False}
+            predicted = audit(model, (channels, side, side), **options).predicted_psnr
+            assert predicted is not None
+            draws = [torch.Generator().manual_seed(seed) for seed in range(3)]
+            noisy = [defenses.gaussian(gradients_of(model, x, y), noise, relative=True, generator=g) for g in draws]
+            found = [invert(model, g, (channels, side, side), batch_size=batch, time_limit=30) for g in noisy]
+            reached = [nearness(answer.inputs, x) for answer in found]
+            mean = -10 * math.log10(sum(10 ** (-db / 10) for db in reached) / 3)
+            if not all(answer.verified for answer in found):
+                lost.append((*case, predicted, reached))
+            elif abs(mean - predicted) > 3:
+                off.append((*case, predicted, reached))
+    print(f"not verified: {lost}\noff by more: {off}")
+    assert not off, off
+    assert len(lost) <= 32 // 4, lost
 
 
 def test_without_noise_an_exact_verdict_has_no_error() -> None:
