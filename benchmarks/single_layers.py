@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rconv_fast
+from bench import Outcome
+from leaks import SUCCESS_PSNR
 from pictures import photo
 
 # First layers of well-known networks: filters, kernel, stride, padding.
@@ -86,6 +88,15 @@ def record(result: tuple[Layer, Any]) -> dict[str, Any]:
         "determined": float(found.determined.double().mean()),
         "peak MiB of the process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def judge(result: tuple[Layer, Any]) -> Outcome:
+    """Success is an input near the truth; what is called determined and is not near it would be the worst failure."""
+    given, found = result
+    quality, proven = float(rconv_fast.psnr(found.input, given.x)), bool(found.determined.all())
+    near = quality >= SUCCESS_PSNR
+    why = "" if near else f"{'WRONG but determined, ' * proven}{quality:.0f} dB by {found.solver}"
+    return Outcome(near, quality, why, proven)
 
 
 def layers_of(model: nn.Sequential, x: Tensor, loss: Tensor | None = None) -> list[Layer]:
