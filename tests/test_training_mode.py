@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from attacks import Attack, assert_recovered, gradients_of, photo, some_labels
 from rconv_fast import gradients_from_update, invert
+from rconv_fast.estimate.gradient_map import GradientMap
+from rconv_fast.estimate.unrolled import UnrolledMap
 from rconv_fast.local_steps import to_middle_weights
+from rconv_fast.losses import Loss
 from rconv_fast.observation import SharedGradients
 
 Build = Callable[[], nn.Sequential]
@@ -171,6 +174,17 @@ def test_norms_of_each_sample(norm: nn.Module) -> None:
     assert_recovered(model, photo(16))
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(4, 24), nn.LayerNorm([24, 8, 8]), nn.InstanceNorm2d(24, affine=True)], ids=str
+)
+def test_norms_of_each_sample_in_a_batch_behind_an_activation_that_hides_nothing(norm: nn.Module) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 5, 2, 2), norm, nn.LeakyReLU(0.2), nn.Conv2d(24, 48, 3, 2, 1), nn.LeakyReLU(0.2),
+        nn.Flatten(), nn.Linear(48 * 16, 10),
+    ).double().train()  # fmt: skip
+    assert_recovered(model, photo(16, 2))
+
+
 def test_a_norm_of_each_sample_in_a_batch_is_named() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 24, 5, 2, 2), nn.GroupNorm(4, 24), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 64, 10)
@@ -226,27 +240,60 @@ def test_dropout_in_float32(activation: nn.Module, batch: int) -> None:
     assert recovered(model, x, trained_on(model, x)).psnr > 90
 
 
-def stepped(model: nn.Module, x: Tensor, steps: int, lr: float = 1e-3, weight_decay: float = 0.0) -> SharedGradients:
+def stepped(
+    model: nn.Module, x: Tensor, steps: int, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0
+) -> SharedGradients:
     """The update of several steps on the same data; `model` is as before them."""
     before = copy.deepcopy(model.state_dict())
-    optimiser = torch.optim.SGD(model.parameters(), lr, weight_decay=weight_decay)
+    optimiser = torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=weight_decay)
     for _ in range(steps):
         optimiser.zero_grad()
         F.cross_entropy(model(x), some_labels(len(x))).backward()
         optimiser.step()
     after = copy.deepcopy(model.state_dict())
     model.load_state_dict(before)
-    return gradients_from_update(before, after, lr, steps=steps, weight_decay=weight_decay)
+    return gradients_from_update(before, after, lr, steps=steps, momentum=momentum, weight_decay=weight_decay)
 
 
-def test_several_local_steps_are_named_and_never_verified() -> None:
-    model, x = cnn(nn.LeakyReLU(0.2)), photo(8)
+@pytest.mark.parametrize(
+    ("activation", "steps", "momentum", "weight_decay"),
+    [(nn.ReLU(), 2, 0.0, 0.0), pytest.param(nn.Tanh(), 3, 0.9, 0.01, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_several_steps_on_one_sample(activation: nn.Module, steps: int, momentum: float, weight_decay: float) -> None:
+    """Verified where the whole update is reproduced, step by step; and called experimental."""
+    model, x = cnn(activation), photo(8)
     before = copy.deepcopy(model.state_dict())
-    result = invert(model, stepped(model, x, 2), x.shape[1:])
-    assert not result.verified
-    assert result.verdict != "exact"
-    assert any("2 local steps" in note for note in result.notes)
+    done = recovered(model, x, stepped(model, x, steps, momentum=momentum, weight_decay=weight_decay))
+    assert done.psnr > 200
+    assert any(f"experimental: all {steps} local steps" in note for note in done.result.notes)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_steps_that_no_one_sample_explains_are_named_and_not_verified() -> None:
+    model, x = cnn(nn.LeakyReLU(0.2), filters=(8,)), photo(8, 2)
+    shared = stepped(model, x, 2, lr=0.1)
+    for options in ({}, {"batch_size": 2}):
+        result = invert(model, shared, x.shape[1:], time_limit=20, **options)
+        assert not result.verified, result.summary()
+        assert any("2 local steps" in note for note in result.notes)
+
+
+def test_unrolled_steps_are_those_of_torchs_sgd() -> None:
+    """At the true input they miss nothing, and the products with their derivative are those of differences."""
+    model, x = cnn(nn.ReLU(), filters=(6,)), photo(8)
+    shared = stepped(model, x, 3, momentum=0.9, weight_decay=0.01)
+    sigma = {name: g.square().mean().sqrt() for name, g in shared.items()}
+    plain = GradientMap.read(model, Loss("cross_entropy"), some_labels(1), shared, sigma, x.shape)
+    problem = UnrolledMap(**vars(plain), training=shared.training)
+    assert max(float(part.detach().abs().max()) for part in problem.residual(x)) < 1e-8
+    held = problem.held({name: (z > 0).to(z) for name, z in problem.kink_inputs(x).items()})
+    direction = torch.randn_like(x)
+    found = held.at(x).forward(direction)
+    near, far = held.residual(x - 1e-6 * direction), held.residual(x + 1e-6 * direction)
+    for part, a, b in zip(found, near, far, strict=True):
+        torch.testing.assert_close(part, (b - a).detach() / 2e-6, atol=1e-6, rtol=1e-5)
 
 
 def test_the_mean_gradient_nearly_belongs_to_the_weights_half_way() -> None:

@@ -22,6 +22,7 @@ from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
 from rconv_fast.request import Request, check_arguments, dtype_of
+from rconv_fast.unrolled import answer_of_steps, one_sample
 from rconv_fast.verdict import Answer, Inversion, conclude, fits, match_bar, statistics_fit, within_noise
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.found import INTERRUPTED, Known, Options, Pass
@@ -121,6 +122,7 @@ def invert(
     client_loss = Loss(loss, reduction, label_smoothing, weights)
     shared = read_gradients("invert", model, gradients)
     work = working_copy(model, dtype_of(model))
+    before = working_copy(model, dtype) if shared.steps > 1 else None
     to_middle_weights(work, shared)
     request = Request(
         work,
@@ -133,6 +135,7 @@ def invert(
         dtype,
         prior,
         Budget.seconds(time_limit),
+        before,
     )
     with progress_callback(progress) as report:
         report(Event("head", "separate"))
@@ -170,6 +173,13 @@ def _inversion(
 ) -> tuple[Inversion, bool]:
     """The result, and whether Ctrl-C ended it."""
     single = request.graph(1)
+    several = one_sample(request, single) if request.before is not None and batch_size in (None, 1) else None
+    if several is not None and request.before is not None:
+        (head,) = several.candidates
+        answer = answer_of_steps(request, single, head, request.before, report)
+        inversion = conclude(single, several, [answer], None, None)
+        notes = [*inversion.notes, what_steps_mean(request.gradients, exact=inversion.verified)]
+        return replace(inversion, notes=notes), False
     outcome = _read_head(request, single, batch_size, labels)
     answers: list[Answer] = []
     for head in outcome.candidates[:MAX_READINGS]:

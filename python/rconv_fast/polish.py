@@ -17,7 +17,7 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.estimate import bits as bit
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts
-from rconv_fast.estimate.pieces import Bits, hold, signs
+from rconv_fast.estimate.pieces import Bits
 from rconv_fast.solve.conjugate import LeastSquares
 from rconv_fast.solve.krylov import NO_LIMIT
 
@@ -49,7 +49,7 @@ def polish(problem: GradientMap, inputs: Tensor, goal: float, budget: Budget = N
     Tensor
         `inputs`, or a better answer. A model that cannot be differentiated three times is left as it is.
     """
-    best, size = inputs, _size(problem.residual(inputs))
+    best, size = inputs, size_of(problem.residual(inputs))
     for share in FREED:
         for _ in range(MAX_STEPS):
             if size <= goal or not math.isfinite(size) or budget.spent:
@@ -60,7 +60,7 @@ def polish(problem: GradientMap, inputs: Tensor, goal: float, budget: Budget = N
                 return best
             if candidate is None:  # no kink, so nothing to free
                 return best
-            size_new = _size(problem.residual(candidate))
+            size_new = size_of(problem.residual(candidate))
             if not size_new < size:
                 break
             stalled = size_new > 0.5 * size
@@ -74,45 +74,66 @@ def _moved(problem: GradientMap, x: Tensor, share: float) -> Tensor | None:
     """One step from x; with sides to free, a step with them free and one with them rounded."""
     if share == 0:
         return x + _step(problem.at(x))
-    if problem.graph is None:
+    inputs = problem.kink_inputs(x)
+    if not inputs:
         return None
-    with torch.no_grad():
-        bits: Bits = signs(problem.graph, problem.values(x))
-    if not bits:
-        return None
-    doubt = _nearest(problem, x, share)
-    x, bits = _freed_step(problem, x, bits, doubt)
-    held = problem.with_pieces(hold(problem.graph, bits))
-    return x + _step(held.at(x))
+    bits, doubt = sides(inputs), nearest(inputs, share)
+    x, bits = freed_step(problem, x, bits, doubt)
+    return x + _step(problem.held({name: sides_of(d) for name, d in bits.items()}).at(x))
 
 
-def _nearest(problem: GradientMap, x: Tensor, share: float) -> bit.Doubt:
+def sides_of(d: Tensor) -> Tensor:
+    """Relaxed bits, rounded."""
+    return (d > 0.5).to(d)
+
+
+def sides(inputs: Bits) -> dict[str, Tensor]:
+    """The bits of a run: 1 where the input of a kinked activation is positive."""
+    return {name: (z > 0).to(z) for name, z in inputs.items()}
+
+
+def nearest(inputs: Bits, share: float) -> bit.Doubt:
     """The activations whose inputs are nearest to the kink, each beside the size of its layer's."""
-    inputs = bit.kink_inputs(problem, x)
     distance = torch.cat([(z.abs() / z.square().mean().sqrt()).flatten() for z in inputs.values()])
     places = torch.argsort(distance)[: math.ceil(share * len(distance))]
     return bit.Doubt(places, torch.full_like(distance[places], 0.5))
 
 
-def _freed_step(problem: GradientMap, x: Tensor, bits: Bits, doubt: bit.Doubt) -> tuple[Tensor, Bits]:
-    """``min ||J_x d + J_t e + r||`` over x and the sides in doubt, which are then rounded."""
-    assert problem.graph is not None
+def freed_step(
+    problem: GradientMap,
+    x: Tensor,
+    bits: Bits,
+    doubt: bit.Doubt,
+    *,
+    ridge: float = 0.0,
+    fall: float = FALL,
+    most: int = INNER_ITERATIONS,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``min ||J_x d + J_t e + r||^2 + ridge (||d||^2 + ||e||^2)`` over x and the bits in doubt, which it relaxes.
+
+    The ridge is relative to the curvature along the first direction.
+    """
     free = {name: d.clone().requires_grad_() for name, d in bits.items()}
-    at = Linearisation(problem.with_pieces(hold(problem.graph, free)), x, list(free.values()))
+    at = Linearisation(problem.held(free), x, list(free.values()))
     zeros = {name: torch.zeros_like(d) for name, d in bits.items()}
     n = x.numel()
 
     def apply(v: Tensor) -> Parts:
-        return at.push([v[:n].reshape(x.shape), *doubt.put(zeros, v[n:]).values()])
+        return [*at.push([v[:n].reshape(x.shape), *doubt.put(zeros, v[n:]).values()]), root * v]
 
     def adjoint(u: Parts) -> Tensor:
-        by_x, *by_bits = at.adjoints(u)
-        return torch.cat([by_x.flatten(), torch.cat([part.flatten() for part in by_bits])[doubt.places]])
+        by_x, *by_bits = at.adjoints(u[:-1])
+        by_t = torch.cat([part.flatten() for part in by_bits])[doubt.places]
+        return torch.cat([by_x.flatten(), by_t]) + root * u[-1]
 
-    state = _solved(LeastSquares(apply, adjoint, [-part for part in at.residual]))
+    root = 0.0
+    r = [*(-part for part in at.residual), x.new_zeros(n + len(doubt))]
+    if ridge > 0:
+        s = adjoint(r)
+        root = math.sqrt(ridge * sum(float(q.square().sum()) for q in apply(s)) / float(s.square().sum()))
+    moved = _solved(LeastSquares(apply, adjoint, r), fall, most)
     before = torch.cat([d.flatten() for d in bits.values()])[doubt.places]
-    rounded = (before + state[n:] > 0.5).to(x)
-    return x + state[:n].reshape(x.shape), doubt.put(bits, rounded)
+    return x + moved[:n].reshape(x.shape), doubt.put(bits, before + moved[n:])
 
 
 def _step(at: Linearisation) -> Tensor:
@@ -120,10 +141,10 @@ def _step(at: Linearisation) -> Tensor:
     return _solved(LeastSquares(at.forward, at.adjoint, [-part for part in at.residual]))
 
 
-def _solved(state: LeastSquares) -> Tensor:
+def _solved(state: LeastSquares, fall: float = FALL, most: int = INNER_ITERATIONS) -> Tensor:
     """What conjugate gradients reach in their iterations."""
-    goal = FALL**2 * float(state.gamma)
-    for _ in range(INNER_ITERATIONS):
+    goal = fall**2 * float(state.gamma)
+    for _ in range(most):
         if not float(state.gamma) > goal:
             break
         state.step()
@@ -131,6 +152,6 @@ def _solved(state: LeastSquares) -> Tensor:
     return state.x
 
 
-def _size(parts: Parts) -> float:
+def size_of(parts: Parts) -> float:
     """Root mean square of all entries."""
     return math.sqrt(sum(float(p.detach().square().sum()) for p in parts) / max(sum(p.numel() for p in parts), 1))

@@ -30,7 +30,10 @@ QUIET = 1e-6
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked, checked; the loss is that of the model's outputs."""
+    """What was asked, checked; the loss is that of the model's outputs.
+
+    Where the gradients are those of several local steps, `model` is at the weights half way, `before` at the first.
+    """
 
     model: nn.Module
     gradients: SharedGradients
@@ -42,6 +45,7 @@ class Request:
     dtype: torch.dtype
     prior: str | None
     budget: Budget
+    before: nn.Module | None = None
 
     def graph(self, batch_size: int) -> Graph:
         """The model's steps for a batch of this size; one unknown step where it cannot be read."""

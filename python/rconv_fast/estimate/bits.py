@@ -63,14 +63,6 @@ def input_deviations(problem: GradientMap, x: Tensor, errors: Tensor) -> dict[st
     return {name: z.square().mean(0).sqrt().clamp_min(tiny) for name, z in moved.items()}
 
 
-def kink_inputs(problem: GradientMap, x: Tensor) -> dict[str, Tensor]:
-    """The input of each kinked activation on a run."""
-    sources = _inputs_of_kinks(problem)
-    with torch.no_grad():
-        values = problem.values(x) if sources else {}
-    return {name: values[source] for name, source in sources.items()}
-
-
 def contradiction(inputs: Bits, deviations: Bits, bits: Bits) -> tuple[float, int]:
     """How far the bits contradict the signs of their inputs, in squared deviations, and how many do."""
     penalty, count = 0.0, 0

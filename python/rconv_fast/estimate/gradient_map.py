@@ -8,20 +8,20 @@ be trained. Activations can be replaced by linear pieces, which makes r smooth w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from rconv_fast.errors import UnsupportedModelError
+from rconv_fast.estimate.pieces import Piece, hold, kinked_steps
 from rconv_fast.losses import Loss, logits_in
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.reader import build_graph
 
 Parts = list[Tensor]
-Piece = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,17 @@ class GradientMap:
     def with_pieces(self, pieces: Mapping[str, Piece]) -> GradientMap:
         """The same with other pieces."""
         return replace(self, pieces=pieces)
+
+    def held(self, bits: Mapping[str, Tensor]) -> GradientMap:
+        """The same with its kinked activations on these sides."""
+        return self.with_pieces({} if self.graph is None else hold(self.graph, bits))
+
+    def kink_inputs(self, x: Tensor) -> dict[str, Tensor]:
+        """The input of each kinked activation on a run, by the names that `held` takes."""
+        sources = {step.name: step.inputs[0] for step in kinked_steps(self.graph)}
+        with torch.no_grad():
+            values = self.values(x) if sources else {}
+        return {name: values[source] for name, source in sources.items()}
 
     def with_scale(self, scale: float) -> GradientMap:
         """The same with another factor."""

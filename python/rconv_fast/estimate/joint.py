@@ -13,10 +13,10 @@ from rconv_fast.estimate import bits as bit
 from rconv_fast.estimate.bounds import without_scale
 from rconv_fast.estimate.fisher import dense_fisher
 from rconv_fast.estimate.gauss_newton import Fit, gauss_newton
-from rconv_fast.estimate.gradient_map import GradientMap, Piece
+from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.information import Information
 from rconv_fast.estimate.noise_model import entry_noise
-from rconv_fast.estimate.pieces import Bits, hold, same, signs
+from rconv_fast.estimate.pieces import Bits, Piece, hold, same, signs
 from rconv_fast.observation import Observation
 from rconv_fast.patterns.pattern import Pattern
 
@@ -245,7 +245,7 @@ def _fit(
     held = problem.with_pieces(_hold(problem, bits))
     fit = gauss_newton(held, x, information.solve, budget=budget, free_scale=free_scale)
     errors = information.draw(bit.DRAWS, torch.Generator().manual_seed(0))
-    inputs, deviations = bit.kink_inputs(held, fit.x), bit.input_deviations(held, fit.x, errors)
+    inputs, deviations = held.kink_inputs(fit.x), bit.input_deviations(held, fit.x, errors)
     penalty, wrong = bit.contradiction(inputs, deviations, bits)
     doubt = bit.find_doubt(inputs, deviations, bits, _inflation(held, fit, x.numel()))
     cost = fit.iterations

@@ -6,18 +6,18 @@ below it. Held bits make the gradients smooth in the input; bits between 0 and 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from rconv_fast.estimate.gradient_map import Piece
 from rconv_fast.layers.activation import Activation, ActivationRule
 from rconv_fast.layers.base import Rule
 from rconv_fast.walk.graph import Graph, Step
 
 Bits = Mapping[str, Tensor]
+Piece = Callable[[Tensor], Tensor]
 
 # Activations that are linear between their kinks.
 _PIECEWISE_LINEAR = {"Identity", "ReLU", "ReLU6", "Hardtanh", "clamp", "LeakyReLU", "PReLU", "Hardsigmoid"}
