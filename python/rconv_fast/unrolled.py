@@ -100,7 +100,8 @@ def answer_of_steps(
     """
     observation, training = request.observation, request.gradients.training
     assert training is not None
-    sigma = {n: g.square().mean().sqrt().clamp_min(1e-300) for n, g in observation.gradients.items()}
+    sizes = {name: g.square().mean().sqrt() for name, g in observation.gradients.items()}
+    sigma = {name: torch.where(size > 0, size, math.inf) for name, size in sizes.items()}
     shape = torch.Size((1, *request.shape))
     read = GradientMap.read(before, observation.loss, head.labels, observation.gradients, sigma, shape)
     whole = UnrolledMap(**vars(read), training=training)
