@@ -16,7 +16,7 @@ import resource
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -29,6 +29,14 @@ from rconv_fast.audit.finding import Finding, judge
 from rconv_fast.errors import UnsupportedModelError
 
 HEAD = ("model", "input", "mode", "verdict", "reason", "CPU s", "peak MiB")
+
+LEAD = (
+    "What the structure of well-known models says of one sample's gradients, by `rconv_fast.rank_analysis`: every",
+    "classifier of torchvision, in evaluation and in training mode, and one model of each family of timm.",
+    '**`not covered` is not "safe"**: this package has no exact method for a layer there. `features only` is about',
+    "inputs: labels and the inputs of the last layers follow. What an optimiser or a prior would guess is not",
+    "judged.",
+)
 
 
 @dataclass(frozen=True)
@@ -114,50 +122,59 @@ def forked(subject: Subject) -> Row:
     return Row(*json.loads(said)) if said else Row("failed", "the process was killed", 0.0, 0)
 
 
-def page(rows: dict[Subject, Row]) -> str:
+def cells(subject: Subject, row: Row) -> tuple[str, ...]:
+    """A line of the table."""
+    shape, mode = "x".join(map(str, subject.input_shape)), "training" if subject.training else "evaluation"
+    reason = row.reason.replace("|", "/").replace("\n", " ")[:160]
+    return subject.name, shape, mode, row.verdict, reason, f"{row.seconds:.2f}", str(row.mebibytes)
+
+
+def lines_of(path: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+    """The lines of an earlier page, by model and mode."""
+    text = path.read_text() if path.exists() else ""
+    found = [tuple(line[2:-2].split(" | ")) for line in text.splitlines() if line.startswith("| ")]
+    return {(line[0], line[2]): line for line in found if line != HEAD}
+
+
+def page(table: Collection[tuple[str, ...]]) -> str:
     """The table, with what it was made with."""
     versions = {"rconv_fast": rconv_fast.__version__, "torch": torch.__version__}
     for name in ("torchvision", "timm"):
         versions[name] = __import__(name).__version__
-    tally = Counter(row.verdict for row in rows.values())
-    lines = [
-        "# Models from the wild, by `check`",
-        "",
-        "What the structure of well-known models says of one sample's gradients, by `rconv_fast.rank_analysis`: every",
-        "classifier of torchvision, in evaluation and in training mode, and one model of each family of timm.",
-        '**`not covered` is not "safe"**: this package has no exact method for a layer there. `features only` is about',
-        "inputs: labels and the inputs of the last layers follow. What an optimiser or a prior would guess is not",
-        "judged.",
-        "",
-        f"{len(rows)} rows: {', '.join(f'{n} {verdict}' for verdict, n in tally.most_common())}. Slowest count "
-        f"{max(row.seconds for row in rows.values()):.1f} s of CPU time,",
-        f"largest peak {max(row.mebibytes for row in rows.values())} MiB with all imports. Written by",
-        f"`benchmarks/wild.py` with {', '.join(f'{k} {v}' for k, v in versions.items())}.",
-        "",
-        f"| {' | '.join(HEAD)} |",
-        "|" + "---|" * len(HEAD),
-    ]
-    for subject, row in rows.items():
-        shape, mode = "x".join(map(str, subject.input_shape)), "training" if subject.training else "evaluation"
-        reason = row.reason.replace("|", "/").replace("\n", " ")[:160]
-        cells = (subject.name, shape, mode, row.verdict, reason, f"{row.seconds:.2f}", str(row.mebibytes))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    tally = Counter(line[3] for line in table)
+    return "\n".join(
+        [
+            "# Models from the wild, by `check`",
+            "",
+            *LEAD,
+            "",
+            f"{len(table)} rows: {', '.join(f'{n} {verdict}' for verdict, n in tally.most_common())}. Slowest count "
+            f"{max(float(line[5]) for line in table):.1f} s of CPU time,",
+            f"largest peak {max(int(line[6]) for line in table)} MiB with all imports. Written by",
+            f"`benchmarks/wild.py` with {', '.join(f'{k} {v}' for k, v in versions.items())}.",
+            "",
+            f"| {' | '.join(HEAD)} |",
+            "|" + "---|" * len(HEAD),
+            *(f"| {' | '.join(line)} |" for line in table),
+            "",
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the page to write")
-    parser.add_argument("--filter", default="", help="only models whose name holds this")
+    parser.add_argument("--filter", default="", help="only models whose name holds this; other lines of the page stay")
     given = parser.parse_args()
     warnings.simplefilter("ignore")  # the models' own
     torch.set_num_threads(1)  # a fork may not inherit a pool of threads
-    rows = {}
+    table = lines_of(given.out) if given.filter else {}
     for subject in (*of_torchvision(), *of_timm()):
         if given.filter in subject.name:
-            rows[subject] = forked(subject)
-            print(subject.name, *astuple(rows[subject]), flush=True)
-    given.out.write_text(page(rows))
+            line = cells(subject, forked(subject))
+            table[line[0], line[2]] = line
+            print(*line, flush=True)
+    given.out.write_text(page(table.values()))
 
 
 if __name__ == "__main__":

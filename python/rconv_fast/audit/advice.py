@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from rconv_fast.audit.finding import ENOUGH
 from rconv_fast.audit.rank import LayerRank, count_layers
 from rconv_fast.audit.structure import read_structure
 from rconv_fast.audit.variants import variant
 from rconv_fast.layers.registry import CONVOLUTIONS
 
-# A change counts as enough where a layer is left with this share of the equations it needs: that its input is not
-# negative, or a smooth picture, makes up for a few that are missing.
-ENOUGH = 0.9
 # Layers that are tried, those with the fewest equations per unknown first.
 LAYERS_TRIED = 3
 LARGEST_STRIDE = 4

@@ -12,6 +12,9 @@ from rconv_fast.audit.rank import LayerRank
 
 # How much each verdict says: a run that finds less than the count allows refutes only "exact".
 _RANKS = {"none found": 0, "features only": 1, "not covered": 1, "partial": 2, "exact": 3}
+# With this share of the equations it needs a layer is nearly determined: that its input is not negative, or a smooth
+# picture, makes up for a few that are missing.
+ENOUGH = 0.9
 # What x >= 0 behind a ReLU says cannot make up for more missing equations than this share of the unknowns.
 _NONNEGATIVE = 0.75
 
@@ -60,8 +63,8 @@ def judge(layers: Sequence[LayerRank]) -> Finding:
         if layer is layers[-1] and counted:
             return Finding("partial" if layer.determined else "none found", reason, layer.name)
         if layer is layers[0] and counted:
-            unread_only = layer.rank_bound == layer.unknowns - layer.unreached
-            return Finding("partial", reason, layer.name, open=unread_only)
+            nearly = layer.rank_bound >= ENOUGH * (layer.unknowns - layer.unreached)
+            return Finding("partial" if nearly else "features only", reason, layer.name)
         return Finding(
             "features only", reason, layer.name, not counted or layer.rank_bound > _NONNEGATIVE * layer.unknowns
         )
