@@ -136,6 +136,8 @@ def main() -> int:
     for entry in chosen:
         results.append(run_entry(entry, min_run_time=least, clock=clock, rate_limit=arguments.rate_limit))
         show(results[-1])
+        if arguments.out:  # an interrupted run keeps what it has
+            save(arguments.out, target, facts, results)
     facts["whole run"] = f"{time.perf_counter() - begun:.0f} s, {time.process_time():.0f} s of the process"
     print(f"\n{'whole run':<20} {facts['whole run']}")
     if arguments.out:
