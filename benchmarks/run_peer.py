@@ -169,7 +169,7 @@ def _install_stand_in_for_torchvision(photo: Any) -> list[Any]:
     class ToPILImage:
         def __call__(self, image: Any) -> Any:
             shown.append(image)
-            return image.permute(1, 2, 0).clamp(0, 1).numpy()
+            return image.detach().permute(1, 2, 0).clamp(0, 1).numpy()
 
     torchvision: Any = types.ModuleType("torchvision")
     torchvision.__version__ = "none"
