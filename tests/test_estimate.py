@@ -86,6 +86,14 @@ def test_unknown_scale_is_found() -> None:
     assert abs(found.z) < 4
 
 
+def test_bits_are_put_right_at_an_unknown_scale() -> None:
+    model, x, y = network(nn.ReLU), photo(12, channels=1), torch.tensor([3])
+    observation = replace(observed(model, x, y, 1e-4, scale=0.05), scale=0.0505)
+    found = estimate(model, observation, near(x, 24.0), y, free_scale=True)
+    assert found.scale == pytest.approx(0.05, rel=1e-3)
+    assert abs(found.z) < 4
+
+
 def test_batch_through_wrappers() -> None:
     model = nn.Sequential(network(nn.ReLU), nn.LogSoftmax(1))
     x, y = photo(12, batch=2, channels=1), torch.tensor([3, 7])
@@ -115,6 +123,7 @@ def test_picture_of_8_bits_comes_back_byte_for_byte(kind: str) -> None:
     assert found.verified
     assert torch.equal((found.inputs * 255).round(), levels)
     assert float(found.uncertainty.max()) == 0
+    assert (found.layers[-1].rank, found.layers[-1].proof) == (12 * 12, "cholesky")
 
 
 def test_picture_off_the_grid_is_not_put_on_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -27,6 +28,7 @@ from rconv_fast.verdict import Answer, Inversion, conclude, fits, match_bar, sta
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.found import INTERRUPTED, Known, Options, Pass
 from rconv_fast.walk.graph import Graph
+from rconv_fast.walk.report import LayerReport
 from rconv_fast.walk.search import Found, only_input_open, recover
 from rconv_fast.wrappers import working_copy
 
@@ -271,6 +273,7 @@ def _estimated(request: Request, answer: Answer, observation: Observation, repor
     if not covered or repeated or request.budget.spent or enough or not small:
         return answer
     report(Event("input", "joint estimate"))
+    start = time.perf_counter()
     found = joint_answer(
         request.working_model,
         observation,
@@ -294,7 +297,10 @@ def _estimated(request: Request, answer: Answer, observation: Observation, repor
     if not good and answer.match is not None and answer.match.relative <= match.relative:
         return answer
     values = graph.forward(found.inputs) if good else {graph.input: found.inputs}
-    passed = replace(answer.passed, values={**answer.passed.values, **values})
+    label, kind = graph.layer_of(graph.input)
+    whole = LayerReport(label, f"{kind}, joint estimate", found.evidence, time.perf_counter() - start)
+    reports = {**answer.passed.reports, graph.input: whole}
+    passed = replace(answer.passed, values={**answer.passed.values, **values}, reports=reports)
     return replace(answer, passed=passed, match=match, good=good, estimate=found)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from rconv_fast.budget import Budget
 from rconv_fast.errors import LinAlgError
 from rconv_fast.estimate.gradient_map import GradientMap
-from rconv_fast.estimate.joint import Estimate, estimate
-from rconv_fast.estimate.noise_model import with_arithmetic
+from rconv_fast.estimate.joint import CAPS, Estimate, estimate
+from rconv_fast.estimate.noise_model import capped, with_arithmetic
 from rconv_fast.estimate.recursion import noisy_start
 from rconv_fast.observation import Observation
 
@@ -81,6 +82,7 @@ def joint_answer(
 
 def _start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budget) -> Tensor | None:
     try:
-        return noisy_start(problem, known, budget)
+        sigma = {name: capped(s, CAPS[0]) for name, s in problem.sigma.items()}
+        return noisy_start(replace(problem, sigma=sigma), known, budget)
     except LinAlgError:  # samples of which the gradient holds a sum only
         return None

@@ -5,7 +5,8 @@ To second order in bits t and input x, with ``J = [J_x J_t]`` and ``F = J_x^T J_
     ``chi^2(t) / 2 = t^T S t / 2 - b^T t``,   ``S = J_t^T J_t - J_t^T J_x F^-1 J_x^T J_t``,
     ``b = -(J_t^T r - J_t^T J_x F^-1 J_x^T r)``
 
-for the few bits whose side the estimate and its error bars do not tell.
+for the few bits whose side the estimate and its error bars do not tell. An unknown scale c is eliminated before all: J
+and r are taken without their part along ``t = dr/dlog c``, in F too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
+from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts, dot
 from rconv_fast.estimate.information import Information
 from rconv_fast.estimate.pieces import Bits, hold, kinked_steps
 
@@ -102,16 +103,22 @@ def find_doubt(inputs: Bits, deviations: Bits, bits: Bits, inflate: float) -> Do
 
 
 def settle(
-    problem: GradientMap, x: Tensor, bits: Bits, doubt: Doubt, information: Information
+    problem: GradientMap, x: Tensor, bits: Bits, doubt: Doubt, information: Information, *, free_scale: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The bits in doubt set to their most likely values, and x moved along."""
+    """The bits in doubt set to their most likely values, and x moved along; F is without the scale if that is free."""
     assert problem.graph is not None
     start = (doubt.probability > 0.5).to(x)
     free = {name: d.requires_grad_() for name, d in doubt.put(bits, start).items()}
     at = Linearisation(problem.with_pieces(hold(problem.graph, free)), x, list(free.values()))
     across, among = _second_derivatives(at, x, free, doubt)
-    slope_x, *slope_bits = at.adjoints(at.residual)
-    slope = torch.cat([part.flatten() for part in slope_bits])[doubt.places]
+    slope_x, slope = _gradient(at, at.residual, doubt)
+    if free_scale:
+        size = dot(at.scaled, at.scaled)
+        along_x, along = _gradient(at, at.scaled, doubt)
+        across = across - torch.outer(along, along_x.flatten()) / size
+        among = among - torch.outer(along, along) / size
+        share = dot(at.scaled, at.residual) / size
+        slope_x, slope = slope_x - share * along_x, slope - share * along
     pulled = information.inverse @ across.mT
     quadratic = among - across @ pulled
     offset = across @ information.solve(slope_x).flatten() - slope
@@ -120,6 +127,12 @@ def settle(
     settled = doubt.put(bits, t)
     held = problem.with_pieces(hold(problem.graph, settled))
     return (moved if held.chi2(moved) < held.chi2(x) else x), settled
+
+
+def _gradient(at: Linearisation, u: Parts, doubt: Doubt) -> tuple[Tensor, Tensor]:
+    """``J_x^T u`` and ``J_t^T u``."""
+    by_x, *by_bits = at.adjoints(u)
+    return by_x, torch.cat([part.flatten() for part in by_bits])[doubt.places]
 
 
 def _second_derivatives(at: Linearisation, x: Tensor, free: Bits, doubt: Doubt) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from rconv_fast.constraints.operators import apply_gradient, apply_weight_adjoint
 from rconv_fast.constraints.ops import weight_constraints
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
+from rconv_fast.estimate.gram import Gram
 from rconv_fast.estimate.pieces import is_piecewise_linear
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.activation import ActivationRule
@@ -33,8 +34,8 @@ from rconv_fast.memory import available_bytes
 from rconv_fast.solve.phases.gram import input_gram, phase_places, phase_rows, tap_windows
 from rconv_fast.walk.graph import Graph, Step
 
-# Products with J done at once where J itself is formed, and the size of the parts in which Y^T Y is summed.
-TOGETHER, PANEL = 64, 2048
+# Products with J done at once where J itself is formed.
+TOGETHER = 64
 # Parameters that are no weights of a convolution or fully connected layer (batch norm's) are few.
 MOST_OTHERS = 4096
 
@@ -129,7 +130,7 @@ def _from_structure(problem: GradientMap, structure: _Structure, x: Tensor) -> T
         reach = {layer.step.name: p for layer, p in zip(layers, spread, strict=True)}
         tangents = _Tangents(problem, structure.graph, values, reach)
         n, m = x.numel(), logits.numel()
-        fisher, cross, inner = _Gram(n, x.detach()), x.new_zeros(n, m), x.new_zeros(m, m)
+        fisher, cross, inner = Gram(n, x.detach()), x.new_zeros(n, m), x.new_zeros(m, m)
         for layer in layers:
             source = layer.step.inputs[0]
             p, a = reach[layer.step.name], tangents.of(source)
@@ -163,7 +164,7 @@ def _add_layer(
     d: Tensor,
     p: Tensor,
     tangent: Tensor | None,
-    fisher: _Gram,
+    fisher: Gram,
     cross: Tensor,
     inner: Tensor,
 ) -> None:
@@ -222,73 +223,6 @@ def _weighted_gram(geometry: ConvGeometry, g: Tensor, w: Tensor) -> Tensor:
         block[..., place] = (rows.mT @ rows).view(batch, len(place), batch, -1)
         gram[:, place] = block
     return gram.view(batch * n, batch * n)
-
-
-class _Gram:
-    """``sum A^T M A`` of many small M, gathered into few large products."""
-
-    def __init__(self, n: int, like: Tensor) -> None:
-        self._total = like.new_zeros(n, n)
-        self._rows: list[Tensor] = []
-        self._width = 0
-
-    def add(self, block: Tensor, tangent: Tensor | None, channel: int, batch: int, geometry: ConvGeometry) -> None:
-        """One channel's ``A^T M A``; no tangent: A is the identity."""
-        size = geometry.n_input
-        start = torch.arange(batch, device=block.device)[:, None] * geometry.in_channels * size + channel * size
-        places = (start + torch.arange(size, device=block.device)).flatten()
-        if tangent is None:
-            self._total[places[:, None], places] += block
-            return
-        a = tangent[places]
-        live = a.any(dim=1) & (block.diagonal() > 0)
-        if not bool(live.any()):
-            return
-        self._rows.append(_root(block[live][:, live]).mT @ a[live])
-        self._width += int(live.sum())
-        if self._width > PANEL:
-            self._flush()
-
-    def add_single(self, blocks: Tensor, tangent: Tensor | None) -> None:
-        """The same for all channels (C, B, B) of an input with one position."""
-        channels, batch = blocks.shape[:2]
-        if tangent is None:
-            tangent = torch.eye(len(self._total), dtype=blocks.dtype, device=blocks.device)
-        a = tangent.reshape(batch, channels, -1)
-        live = a.any(dim=2).any(dim=0) & (blocks.diagonal(dim1=1, dim2=2).sum(1) > 0)
-        if not bool(live.any()):
-            return
-        roots = torch.stack([_root(block) for block in blocks[live]])
-        self._rows.append(torch.einsum("bcn,cbe->cen", a[:, live], roots).flatten(0, 1))
-        self._flush()
-
-    def total(self) -> Tensor:
-        """The sum."""
-        self._flush()
-        return self._total
-
-    def _flush(self) -> None:
-        if self._rows:
-            y = torch.cat(self._rows)
-            for part in torch.arange(y.shape[1], device=y.device).chunk(8):  # the lower triangle, mirrored
-                low, high = int(part[0]), int(part[-1]) + 1
-                product = y[:, low:high].mT @ y[:, :high]
-                self._total[low:high, :high] += product
-                self._total[:low, low:high] += product[:, :low].mT
-        self._rows, self._width = [], 0
-
-
-def _root(block: Tensor) -> Tensor:
-    """L with ``L L^T = block``, which may be singular."""
-    shift = torch.finfo(block.dtype).eps * 16 * len(block) * float(block.diagonal().mean())
-    for power in range(6):
-        factor, failed = torch.linalg.cholesky_ex(block + 10**power * shift * torch.eye(len(block)).to(block))
-        if not bool(failed):
-            root: Tensor = factor
-            return root
-    values, vectors = torch.linalg.eigh(block)
-    root = vectors * values.clamp_min(0).sqrt()
-    return root
 
 
 class _Tangents:
@@ -371,7 +305,13 @@ def dense_rows(rule: ConvRule, live: Tensor) -> Tensor:
     g = rule.geometry
     if g.n_taps == g.n_input == g.groups == 1 and g.padding == (0,):
         return rule.weight.flatten(1)[live]
-    matrix = weight_constraints(
+    return sparse_rows(rule, live).to_dense()
+
+
+def sparse_rows(rule: ConvRule, live: Tensor) -> Tensor:
+    """The same as a sparse matrix."""
+    g = rule.geometry
+    return weight_constraints(
         rule.weight,
         g.input_size,
         stride=g.stride,
@@ -380,7 +320,6 @@ def dense_rows(rule: ConvRule, live: Tensor) -> Tensor:
         groups=g.groups,
         mask=live.reshape(g.out_channels, *g.out_size),
     )
-    return matrix.to_dense()
 
 
 def _normal_of(problem: GradientMap, names: list[str], x: Tensor) -> Tensor:

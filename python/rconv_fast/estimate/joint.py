@@ -15,15 +15,16 @@ from rconv_fast.estimate.fisher import dense_fisher
 from rconv_fast.estimate.gauss_newton import Fit, gauss_newton
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.information import Information
-from rconv_fast.estimate.noise_model import entry_noise
+from rconv_fast.estimate.noise_model import capped, entry_noise
 from rconv_fast.estimate.pieces import Bits, Piece, hold, same, signs
 from rconv_fast.observation import Observation
 from rconv_fast.patterns.pattern import Pattern
+from rconv_fast.solve.solution import Evidence
 
 # Rounds of Gauss-Newton and settling bits; each halves the wrong bits or so.
 ROUNDS = 14
-# More inner iterations than this in one round: the information has changed, it is formed anew.
-STALE = 60
+# More inner iterations than this in one round: the information has changed, it is formed anew, which costs as much.
+STALE = 200
 # A misfit above this many times the noise's own that as many rounds did not halve: the start is not near any answer.
 HOPELESS, PATIENCE = 1e4, 3
 # Least noise of an entry, in units of the root mean square of its tensor's: bounds the range of the weights until the
@@ -58,6 +59,8 @@ class Estimate:
         Inner iterations in all.
     scale : float
         Factor of the gradients, given or estimated.
+    evidence : Evidence
+        All gradients as one system for the inputs: equations, rank, how it was solved.
     notes : list of str
         What a reader must know.
     """
@@ -70,6 +73,7 @@ class Estimate:
     contradicting: int
     iterations: int
     scale: float
+    evidence: Evidence
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -131,11 +135,11 @@ def estimate(
         model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor
     )
     bits = _first_bits(whole, x, pattern)
-    uneven = any(not torch.equal(s, _capped(s, CAPS[0])) for s in sigma.values())
+    uneven = any(not torch.equal(s, capped(s, CAPS[0])) for s in sigma.values())
     iterations = 0
     for cap in CAPS if uneven else CAPS[-1:]:
-        problem = replace(whole, sigma={name: _capped(s, cap) for name, s in sigma.items()})
-        found = _finish(problem, x, bits, budget, free_scale)
+        problem = replace(whole, sigma={name: capped(s, cap) for name, s in sigma.items()})
+        found = _finish(problem, x, bits, budget, free_scale, final=cap == CAPS[-1])
         x, bits, whole = found.x, found.bits, whole.with_scale(found.scale)
         iterations += found.iterations
         if _is_hopeless(whole, found):
@@ -146,15 +150,27 @@ def estimate(
     variance = found.information.variance
     if client is not None:
         variance = variance + _arithmetic_variance(held, client, found, observation)
+    entries, fixed = _entries(held, x), int((~found.information.is_open).sum())
     return Estimate(
         inputs=x,
         uncertainty=variance.sqrt(),
         chi2=found.chi2 + found.penalty,
-        dof=_entries(held, x) - int((~found.information.is_open).sum()) - int(free_scale),
+        dof=entries - fixed - int(free_scale),
         pattern=Pattern({name: at_bits[name] for name in bits}, origin="joint estimate"),
         contradicting=found.contradicting,
         iterations=iterations,
         scale=found.scale,
+        evidence=Evidence(
+            rank=fixed,
+            unknowns=x.numel(),
+            rows=entries,
+            residual=math.sqrt(found.chi2 / max(_size(held), 1e-300)),
+            condition=math.nan,
+            solver="gauss-newton",
+            proof="cholesky",
+            converged=not budget.spent,
+            iterations=iterations,
+        ),
         notes=[] if not budget.spent else ["the time limit ended the joint estimate"],
     )
 
@@ -182,8 +198,13 @@ class _Candidate:
         return self.chi2 + self.penalty
 
 
-def _finish(problem: GradientMap, x: Tensor, bits: Bits, budget: Budget, free_scale: bool) -> _Candidate:
-    """Rounds of Gauss-Newton with the bits held and of settling those in doubt; the best round."""
+def _finish(
+    problem: GradientMap, x: Tensor, bits: Bits, budget: Budget, free_scale: bool, *, final: bool
+) -> _Candidate:
+    """Rounds of Gauss-Newton with the bits held and of settling those in doubt; the best round.
+
+    Bits that come back end them; in the final ones only where the information there is fresh.
+    """
     best: _Candidate | None = None
     halved, last = 0, math.inf  # the round that last halved the score, and that score
     tried: list[Bits] = []
@@ -199,9 +220,12 @@ def _finish(problem: GradientMap, x: Tensor, bits: Bits, budget: Budget, free_sc
         if not len(doubt) or budget.spent or stalled:
             break
         tried.append(bits)
-        x, bits = bit.settle(problem.with_pieces(_hold(problem, found.bits)), found.x, found.bits, doubt, information)
+        held = problem.with_pieces(_hold(problem, found.bits))
+        x, bits = bit.settle(held, found.x, found.bits, doubt, information, free_scale=free_scale)
         if any(same(bits, other) for other in tried):
             score = best.score
+            if not final:
+                break
             if fresh:
                 best = _flip_contradicting(problem, best, budget, free_scale)
                 if not best.score < score:
@@ -303,9 +327,9 @@ def _arithmetic_variance(
     return (total + total.mean()) / 2
 
 
-def _capped(sigma: Tensor, cap: float) -> Tensor:
-    finite = sigma[sigma.isfinite()]
-    return sigma.clamp_min(cap * float(finite.square().mean().sqrt())) if finite.numel() > 1 else sigma
+def _size(problem: GradientMap) -> float:
+    """Squares of all seen gradients in units of their noise."""
+    return sum(float((g * problem.weight(name)).square().sum()) for name, g in problem.seen.items())
 
 
 def _entries(problem: GradientMap, x: Tensor) -> int:

@@ -114,6 +114,12 @@ def entry_noise(observation: Observation, name: str) -> Tensor:
     return observation.sigma(name).to(g).clamp_min(least if least > 0 else math.inf)
 
 
+def capped(sigma: Tensor, cap: float) -> Tensor:
+    """No entry less noisy than `cap` times the root mean square over its tensor."""
+    finite = sigma[sigma.isfinite()]
+    return sigma.clamp_min(cap * float(finite.square().mean().sqrt())) if finite.numel() > 1 else sigma
+
+
 def _rounding(g: Tensor, arithmetic: torch.dtype) -> Tensor:
     """Of the values themselves and of the arithmetic that made them."""
     # float16 and bfloat16 are what gradients are stored in; they are computed in float32.

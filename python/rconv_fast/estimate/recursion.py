@@ -9,17 +9,15 @@ with ``p > 0.99`` are kept, for one wrong among them does more harm than many th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
-from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
-from rconv_fast.estimate.fisher import dense_rows, input_normals
 from rconv_fast.estimate.gradient_map import GradientMap
-from rconv_fast.geometry import ConvGeometry
+from rconv_fast.estimate.layer_start import WeightedRows, solve_rows
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
@@ -29,13 +27,8 @@ from rconv_fast.walk.graph import Graph, Step
 
 # Weight rows below this probability to be active are dropped.
 SURE = 0.99
-# Systems up to this size are solved directly, with their exact error bars; larger ones by conjugate gradients.
-DIRECT_UP_TO = 3072
-ITERATIONS, TOLERANCE = 200, 1e-6
-# Errors drawn for the error of dL/da and, where the system is not solved directly, of its solution.
+# Errors drawn for the error of dL/da.
 DRAWS = 4
-# Weight rows may outweigh gradient rows by this much where conjugate gradients solve.
-MOST_WEIGHT = 1e4
 
 
 @dataclass(frozen=True)
@@ -207,11 +200,10 @@ def _rectified(found: Uncertain) -> Uncertain:
 
 
 def _solve(problem: GradientMap, graph: Graph, layer: Step, output: _Output, size: float) -> Uncertain:
-    """The layer's input from its gradient and weight rows: ``(B^T W B + A^T V A + prior) x = B^T W dW + A^T V z``."""
+    """The layer's input from its gradient and its outputs."""
     assert isinstance(layer.rule, ConvRule)
     rule, geometry = layer.rule, layer.rule.geometry
-    batch = layer.shape[0]
-    shape = torch.Size((batch, geometry.out_channels, *geometry.out_size))
+    shape = torch.Size((layer.shape[0], geometry.out_channels, *geometry.out_size))
     z, v, g = output.z.reshape(shape), output.weight.reshape(shape), output.g.reshape(shape)
     if rule.bias is not None:
         z = z - rule.bias.reshape(1, -1, *(1,) * geometry.ndim)
@@ -223,91 +215,9 @@ def _solve(problem: GradientMap, graph: Graph, layer: Step, output: _Output, siz
         spread = output.variance.reshape(shape).transpose(0, 1).flatten(1).sum(1).reshape(-1, *(1,) * (weight.ndim - 1))
         sigma2 = problem.weight(name).square().reciprocal().expand(problem.seen[name].shape).reshape(weight.shape)
         w, seen = 1 / (sigma2 + size**2 * spread), problem.seen[name].reshape(weight.shape)
-    prior = 1 / (2 * size) ** 2
-    blocks = {c: block for c, block in input_normals(geometry, g, w.sqrt())}
-    n = batch * geometry.in_channels * geometry.n_input
-    shape = torch.Size((batch, geometry.in_channels, *geometry.input_size))
-    if n > DIRECT_UP_TO and bool((v > 0).any()):
-        mean = sum(float(b.diagonal().mean()) for b in blocks.values()) / len(blocks)
-        unit = apply_weight_adjoint(geometry, (v > 0).to(v), weight.square()).mean()
-        v = v.clamp_max(MOST_WEIGHT * mean / max(float(unit), 1e-300))
-
-    def rows(r: Tensor, q: Tensor) -> Tensor:
-        return apply_weight_adjoint(geometry, g, r) + apply_weight_adjoint(geometry, q, weight)
-
-    def normal(x: Tensor) -> Tensor:
-        return rows(w * apply_gradient(geometry, x, g), v * apply_weight(geometry, x, weight)) + prior * x
-
-    right = rows(w * seen, v * z)
-    if n <= DIRECT_UP_TO:
-        matrix = _matrix(rule, blocks, v, batch)
-        matrix.diagonal().add_(prior)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-        x, deviation = inverse @ right.flatten(), inverse.diagonal().clamp_min(0).sqrt()
-        step = graph.steps[layer.inputs[0]]
-        return Uncertain(x.reshape(step.shape), deviation.reshape(step.shape))
-    diagonal = apply_weight_adjoint(geometry, v, weight.square())
-    precondition = _block_inverse(blocks, diagonal + prior)
-    x = _conjugate_gradients(normal, right, precondition)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.zeros_like(x)
-    for _ in range(DRAWS):
-        noise = rows(w.sqrt() * _normal(w, generator), v.sqrt() * _normal(v, generator))
-        noise = noise + math.sqrt(prior) * _normal(x, generator)
-        drawn += _conjugate_gradients(normal, noise, precondition).square() / DRAWS
-    pooled = drawn / 2 + drawn.flatten(2).mean(2).reshape(*drawn.shape[:2], *(1,) * geometry.ndim) / 2
+    x, deviation = solve_rows(WeightedRows(rule, g, w, seen, v, z, prior=1 / (2 * size) ** 2))
     step = graph.steps[layer.inputs[0]]
-    return Uncertain(x.reshape(step.shape), pooled.sqrt().expand(shape).reshape(step.shape))
-
-
-def _matrix(rule: ConvRule, blocks: Mapping[int, Tensor], v: Tensor, batch: int) -> Tensor:
-    """``B^T W B + A^T V A`` (n, n)."""
-    geometry: ConvGeometry = rule.geometry
-    size, width = geometry.n_input, geometry.in_channels * geometry.n_input
-    matrix = v.new_zeros(batch * width, batch * width)
-    for channel, block in blocks.items():
-        start = torch.arange(batch, device=v.device)[:, None] * width + channel * size
-        places = (start + torch.arange(size, device=v.device)).flatten()
-        matrix[places[:, None], places] += block
-    for b in range(batch):
-        live = v[b].flatten() > 0
-        if bool(live.any()):
-            a = dense_rows(rule, live) * v[b].flatten()[live].sqrt()[:, None]
-            matrix[b * width : (b + 1) * width, b * width : (b + 1) * width] += a.mT @ a
-    return matrix
-
-
-def _block_inverse(blocks: Mapping[int, Tensor], diagonal: Tensor) -> Callable[[Tensor], Tensor]:
-    """The inverse channel by channel, weight rows by their diagonal."""
-    shifted = torch.stack([m + torch.diag(diagonal[:, c].flatten()) for c, m in blocks.items()])
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-
-    def apply(x: Tensor) -> Tensor:
-        by_channel = x.transpose(0, 1)
-        solved = inverse @ by_channel.flatten(1)[:, :, None]
-        return solved.reshape(by_channel.shape).transpose(0, 1)
-
-    return apply
-
-
-def _conjugate_gradients(
-    normal: Callable[[Tensor], Tensor], right: Tensor, precondition: Callable[[Tensor], Tensor]
-) -> Tensor:
-    x = torch.zeros_like(right)
-    r = right.clone()
-    z = precondition(r)
-    p = z.clone()
-    gamma = start = float((r * z).sum())
-    for _ in range(ITERATIONS):
-        if not gamma > TOLERANCE**2 * start:
-            break
-        q = normal(p)
-        alpha = gamma / float((p * q).sum())
-        x, r = x + alpha * p, r - alpha * q
-        z = precondition(r)
-        gamma, before = float((r * z).sum()), gamma
-        p = z + gamma / before * p
-    return x
+    return Uncertain(x.reshape(step.shape), deviation.reshape(step.shape))
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

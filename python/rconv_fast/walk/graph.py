@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rconv_fast.layers.activation import Activation, ActivationRule
 from rconv_fast.layers.base import Rule
+from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.dropout import DropoutRule
 from rconv_fast.layers.norm import NormRule
 from rconv_fast.layers.pool import MaxPoolRule
@@ -116,6 +117,12 @@ class Graph:
             needed.add(entry)
             waiting += self.steps[entry].inputs
         return [step for step in self.steps.values() if step.name in needed]
+
+    def layer_of(self, name: str) -> tuple[str, str]:
+        """Label and kind of the layer(s) whose input a step's tensor is."""
+        consumers = [self.steps[consumer] for consumer, _ in self.consumers[name]]
+        layers = [step for step in consumers if isinstance(step.rule, ConvRule)] or consumers
+        return " + ".join(step.label for step in layers), " + ".join(dict.fromkeys(step.rule.kind for step in layers))
 
     def forward(self, inputs: Tensor) -> dict[str, Tensor]:
         """Every step's tensor when the model is run on `inputs`."""

@@ -125,7 +125,7 @@ class _Recursion:
         if not self.graph.consumers[step.name]:
             return
         if self.options.budget.spent:
-            raise _Halt(Stop(step.name, self._layer_of(step)[0], OUT_OF_TIME))
+            raise _Halt(Stop(step.name, self.graph.layer_of(step.name)[0], OUT_OF_TIME))
         gradient = self._gradient(step)
         if gradient is not None:
             self.grads[step.name] = gradient
@@ -281,7 +281,7 @@ class _Recursion:
     def _solve(self, step: Step, known: Knowledge | None) -> None:
         """Solve a step's equations and report it."""
         start = time.perf_counter()
-        label, kind = self._layer_of(step)
+        label, kind = self.graph.layer_of(step.name)
         self.options.progress(Event(label, "solve"))
         chosen = self._threshold_step(step) if self._all_determined() else None
         rows = self._rows(step)
@@ -314,7 +314,7 @@ class _Recursion:
         if isinstance(interrupt, InterruptedSolve):
             self.values[step.name] = interrupt.x.reshape(step.shape)
             self.determined[step.name] = torch.zeros(step.shape, dtype=torch.bool, device=interrupt.x.device)
-        return Stop(step.name, self._layer_of(step)[0], INTERRUPTED)
+        return Stop(step.name, self.graph.layer_of(step.name)[0], INTERRUPTED)
 
     def _waits(self, step: Step) -> bool:
         return any(name in self.late for name, _ in self.graph.consumers[step.name])
@@ -364,12 +364,6 @@ class _Recursion:
     def _all_determined(self) -> bool:
         """Whether the layers so far left nothing open: otherwise equations contradict each other for that reason."""
         return all(bool(determined.all()) for determined in self.determined.values())
-
-    def _layer_of(self, step: Step) -> tuple[str, str]:
-        """Name and kind of the layer(s) whose input a step is."""
-        consumers = [self.graph.steps[name] for name, _ in self.graph.consumers[step.name]]
-        layers = [c for c in consumers if isinstance(c.rule, ConvRule)] or consumers
-        return " + ".join(c.label for c in layers), " + ".join(dict.fromkeys(c.rule.kind for c in layers))
 
     def _threshold_step(self, step: Step) -> Step | None:
         """The activation with flat pieces whose thresholds shaped a step's gradient, if they are still open."""

@@ -1,0 +1,230 @@
+"""One layer's input under noise: weighted least squares with the noise of both kinds of rows, and its error bars.
+
+    ``N x = B^T W dW + A^T V z``,   ``N = B^T W B + A^T V A + prior``
+
+``B^T W B`` is block diagonal over the channels of x, so N is inverted whole where it is small, else by Woodbury over
+the outputs of known value, else by conjugate gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
+from rconv_fast.constraints.sparse import to_scipy
+from rconv_fast.estimate.fisher import dense_rows, input_normals, sparse_rows
+from rconv_fast.estimate.gram import own_product
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.layers.conv import ConvRule
+
+Apply = Callable[[Tensor], Tensor]
+
+# Systems up to this size are solved directly, with their exact error bars.
+DIRECT_UP_TO = 3072
+# Outputs of known value, and entries of their rows (512 MiB), up to which Woodbury's formula is used.
+WOODBURY_UP_TO, ROWS_UP_TO = 4096, 2**26
+# Share of the mean diagonal of ``B^T W B`` that keeps its blocks invertible; conjugate gradients take it off again.
+SHIFT = 1e-11
+ITERATIONS, TOLERANCE = 200, 1e-6
+# Errors drawn for the error bars where the system is not solved directly.
+DRAWS = 4
+# Weight rows may outweigh gradient rows by this much where nothing better than the diagonal preconditions them.
+MOST_WEIGHT = 1e4
+
+
+@dataclass(frozen=True)
+class WeightedRows:
+    r"""All rows of one layer with their weights, for a layer's input of shape (B, C, \*in).
+
+    Attributes
+    ----------
+    rule : ConvRule
+        The layer.
+    g : Tensor
+        dL/do (B, F, \*out).
+    w, seen : Tensor
+        Weights ``1 / variance`` of the gradient rows and the gradient dW, (F, C/groups, \*K).
+    v, z : Tensor
+        Weights and values of the outputs, without bias, (B, F, \*out).
+    prior : float
+        ``1 / variance`` of the input's values before anything is seen.
+    """
+
+    rule: ConvRule
+    g: Tensor
+    w: Tensor
+    seen: Tensor
+    v: Tensor
+    z: Tensor
+    prior: float
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        """Of the layer."""
+        return self.rule.geometry
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the layer's input."""
+        return torch.Size((len(self.g), self.geometry.in_channels, *self.geometry.input_size))
+
+    def adjoint(self, r: Tensor, q: Tensor) -> Tensor:
+        """``B^T r + A^T q``."""
+        geometry = self.geometry
+        return apply_weight_adjoint(geometry, self.g, r) + apply_weight_adjoint(geometry, q, self.rule.weight)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """``N x``."""
+        gradient, value = apply_gradient(self.geometry, x, self.g), apply_weight(self.geometry, x, self.rule.weight)
+        return self.adjoint(self.w * gradient, self.v * value) + self.prior * x
+
+    @property
+    def right(self) -> Tensor:
+        """``B^T W dW + A^T V z``."""
+        return self.adjoint(self.w * self.seen, self.v * self.z)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A right-hand side that noise alone makes: its covariance is N."""
+        noise = self.adjoint(self.w.sqrt() * _normal(self.w, generator), self.v.sqrt() * _normal(self.v, generator))
+        return noise + math.sqrt(self.prior) * _normal(noise, generator)
+
+    def blocks(self) -> Tensor:
+        """``B^T W B`` channel by channel, (C, B P, B P)."""
+        return torch.stack([block for _, block in input_normals(self.geometry, self.g, self.w.sqrt())])
+
+
+def solve_rows(rows: WeightedRows) -> tuple[Tensor, Tensor]:
+    """The least squares solution and the standard deviation of each value, of the input's shape."""
+    blocks = rows.blocks()
+    n = rows.shape.numel()
+    if n <= DIRECT_UP_TO:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_matrix(rows, blocks)))
+        deviation = inverse.diagonal().clamp_min(0).sqrt()
+        return (inverse @ rows.right.flatten()).reshape(rows.shape), deviation.reshape(rows.shape)
+    live = (rows.v > 0).flatten(1)
+    known = int(live.sum())
+    if known <= WOODBURY_UP_TO and known * n <= ROWS_UP_TO:
+        precondition = _woodbury(rows, blocks, live)
+    else:
+        rows, precondition = _by_diagonal(rows, blocks)
+    x = _conjugate_gradients(rows.normal, rows.right, precondition)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.zeros_like(x)
+    for _ in range(DRAWS):
+        drawn += _conjugate_gradients(rows.normal, rows.draw(generator), precondition).square() / DRAWS
+    # The draws are few: half of a value's variance is its own, half the mean of its channel.
+    pooled = drawn / 2 + drawn.flatten(2).mean(2).reshape(*drawn.shape[:2], *(1,) * rows.geometry.ndim) / 2
+    return x, pooled.sqrt()
+
+
+def _matrix(rows: WeightedRows, blocks: Tensor) -> Tensor:
+    """``N`` (n, n)."""
+    geometry, batch = rows.geometry, len(rows.g)
+    size, width = geometry.n_input, geometry.in_channels * geometry.n_input
+    matrix = rows.v.new_zeros(batch * width, batch * width)
+    for channel, block in enumerate(blocks):
+        start = torch.arange(batch, device=block.device)[:, None] * width + channel * size
+        places = (start + torch.arange(size, device=block.device)).flatten()
+        matrix[places[:, None], places] += block
+    for b in range(batch):
+        if bool((rows.v[b] > 0).any()):
+            mine = slice(b * width, (b + 1) * width)
+            matrix[mine, mine] += _output_normal(rows.rule, rows.v[b])
+    matrix.diagonal().add_(rows.prior)
+    return matrix
+
+
+def _output_normal(rule: ConvRule, v: Tensor) -> Tensor:
+    r"""``A^T V A`` of one sample, v (F, \*out): rows of A have few entries where the kernel is small."""
+    live = v > 0
+    if v.device.type != "cpu" or 2 * rule.geometry.n_taps > rule.geometry.n_input:
+        a = dense_rows(rule, live.flatten()) * v[live].sqrt()[:, None]
+        return own_product(a)
+    matrix = to_scipy(sparse_rows(rule, live))
+    weighted = matrix.multiply(v[live].numpy()[:, None]).tocsr()
+    return torch.from_numpy((matrix.T @ weighted).toarray()).to(v)
+
+
+def _woodbury(rows: WeightedRows, blocks: Tensor, live: Tensor) -> Apply:
+    """``N^-1 = D^-1 - D^-1 A^T (V^-1 + A D^-1 A^T)^-1 A D^-1``, ``D = B^T W B + prior + shift = L L^T``."""
+    geometry, (channels, size) = rows.geometry, blocks.shape[:2]
+    batch = len(rows.g)
+    factor = _shifted_cholesky(blocks, rows.prior)
+    count = [int(n) for n in live.sum(1)]
+    a = rows.v.new_zeros(batch, channels, geometry.n_input, sum(count))
+    for b, (mine, place) in enumerate(zip(live, torch.arange(sum(count)).split(count), strict=True)):
+        if len(place):
+            a[b, :, :, place] = dense_rows(rows.rule, mine).mT.reshape(channels, geometry.n_input, -1)
+    a = a.transpose(0, 1).reshape(channels, size, -1)  # (C, B P, outputs)
+    half = torch.linalg.solve_triangular(factor, a, upper=False)
+    inner = own_product(half.reshape(channels * size, -1))
+    inner.diagonal().add_(1 / rows.v.flatten(1)[live])
+    small = torch.linalg.cholesky(inner)
+
+    def apply(x: Tensor) -> Tensor:
+        by_channel = x.reshape(batch, channels, -1).transpose(0, 1).reshape(channels, size, 1)
+        first = torch.linalg.solve_triangular(factor, by_channel, upper=False)
+        pulled = half.reshape(channels * size, -1).mT @ first.reshape(-1, 1)
+        pushed = half @ torch.cholesky_solve(pulled, small)
+        solved = torch.linalg.solve_triangular(factor.mT, first - pushed, upper=True)
+        back: Tensor = solved.reshape(channels, batch, -1).transpose(0, 1).reshape(x.shape)
+        return back
+
+    return apply
+
+
+def _by_diagonal(rows: WeightedRows, blocks: Tensor) -> tuple[WeightedRows, Apply]:
+    """The rows with no weight beyond what conjugate gradients bear, and the inverse channel by channel."""
+    if bool((rows.v > 0).any()):
+        unit = apply_weight_adjoint(rows.geometry, (rows.v > 0).to(rows.v), rows.rule.weight.square()).mean()
+        mean = float(blocks.diagonal(dim1=1, dim2=2).mean())
+        rows = WeightedRows(**{**vars(rows), "v": rows.v.clamp_max(MOST_WEIGHT * mean / max(float(unit), 1e-300))})
+    diagonal = apply_weight_adjoint(rows.geometry, rows.v, rows.rule.weight.square()) + rows.prior
+    shifted = blocks + torch.diag_embed(diagonal.transpose(0, 1).flatten(1))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+
+    def apply(x: Tensor) -> Tensor:
+        by_channel = x.transpose(0, 1)
+        solved: Tensor = inverse @ by_channel.flatten(1)[:, :, None]
+        return solved.reshape(by_channel.shape).transpose(0, 1)
+
+    return rows, apply
+
+
+def _shifted_cholesky(blocks: Tensor, prior: float) -> Tensor:
+    """Of blocks that may be singular."""
+    shift = prior + SHIFT * float(blocks.diagonal(dim1=1, dim2=2).mean())
+    while True:
+        shifted = blocks + shift * torch.eye(blocks.shape[-1]).to(blocks)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not bool(failed.any()):
+            root: Tensor = factor
+            return root
+        shift *= 10
+
+
+def _conjugate_gradients(normal: Apply, right: Tensor, precondition: Apply) -> Tensor:
+    x = torch.zeros_like(right)
+    r = right.clone()
+    z = precondition(r)
+    p = z.clone()
+    gamma = start = float((r * z).sum())
+    for _ in range(ITERATIONS):
+        if not gamma > TOLERANCE**2 * start:
+            break
+        q = normal(p)
+        alpha = gamma / float((p * q).sum())
+        x, r = x + alpha * p, r - alpha * q
+        z = precondition(r)
+        gamma, before = float((r * z).sum()), gamma
+        p = z + gamma / before * p
+    return x
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)

@@ -1,0 +1,69 @@
+"""A layer's input under noise: every way to solve its weighted rows gives the least squares solution and its error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rconv_fast.estimate import layer_start
+from rconv_fast.estimate.layer_start import WeightedRows, solve_rows
+from rconv_fast.walk.reader import build_graph
+
+
+def noisy_rows(batch: int, kernel: int, groups: int = 1) -> WeightedRows:
+    """Of one convolution behind a ReLU; the noise of both kinds of rows is drawn."""
+    torch.manual_seed(kernel)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, kernel, stride=2, padding=kernel // 2, groups=groups), nn.Flatten(), nn.Linear(8 * 9, 3)
+    ).double()
+    unseen = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    graph = build_graph(model, unseen, (4, 6, 6), batch, torch.float64)
+    rule = next(step.rule for step in graph.steps.values() if step.label == "0")
+    x, g = torch.rand(batch, 4, 6, 6).double(), torch.randn(batch, 8, 3, 3).double()
+    w, v = 1e4 * (0.5 + torch.rand_like(rule.weight)), 1e6 * (torch.rand_like(g) > 0.5) * (0.5 + torch.rand_like(g))
+    seen = torch.ops.aten.convolution_backward(
+        g, x, rule.weight, None, (2, 2), (kernel // 2,) * 2, (1, 1), False, [0, 0], groups, [False, True, False]
+    )[1]
+    z = nn.functional.conv2d(x, rule.weight, None, 2, kernel // 2, groups=groups)
+    noisy = seen + torch.randn_like(seen) / w.sqrt()
+    return WeightedRows(rule, g, w, noisy, v, z + torch.randn_like(z) * 1e-3, prior=1.0)
+
+
+def by_columns(rows: WeightedRows) -> tuple[Tensor, Tensor]:
+    """The normal equations column by column."""
+    n = rows.shape.numel()
+    units = torch.eye(n, dtype=torch.float64).reshape(n, *rows.shape)
+    inverse = torch.linalg.inv(torch.stack([rows.normal(unit).flatten() for unit in units]))
+    return (inverse @ rows.right.flatten()).reshape(rows.shape), inverse.diagonal().sqrt().reshape(rows.shape)
+
+
+@pytest.mark.parametrize(("batch", "kernel", "groups"), [(1, 3, 1), (2, 3, 1), (2, 5, 2)])
+@pytest.mark.parametrize("way", ["direct", "woodbury", "conjugate gradients"])
+def test_every_way_gives_the_same(
+    batch: int, kernel: int, groups: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = noisy_rows(batch, kernel, groups)
+    x, deviation = by_columns(rows)
+    if way != "direct":
+        monkeypatch.setattr(layer_start, "DIRECT_UP_TO", 0)
+    if way == "woodbury":
+        monkeypatch.setattr(layer_start, "DRAWS", 60)
+    if way == "conjugate gradients":
+        monkeypatch.setattr(layer_start, "WOODBURY_UP_TO", 0)
+        monkeypatch.setattr(layer_start, "TOLERANCE", 1e-12)  # to its end: a start stops far before
+        monkeypatch.setattr(layer_start, "ITERATIONS", 2000)
+    found, error = solve_rows(rows)
+    assert float(((found - x) / deviation).abs().max()) < 1e-2
+    if way == "direct":
+        assert torch.allclose(error, deviation)
+    if way == "woodbury":
+        assert float(error.square().mean() / deviation.square().mean()) == pytest.approx(1.0, abs=0.25)
+
+
+def test_no_output_known_is_solved_by_the_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = noisy_rows(1, 3)
+    rows = WeightedRows(**{**vars(rows), "v": torch.zeros_like(rows.v)})
+    monkeypatch.setattr(layer_start, "DIRECT_UP_TO", 0)
+    x, deviation = by_columns(rows)
+    assert float(((solve_rows(rows)[0] - x) / deviation).abs().max()) < 1e-2
