@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.errors import require, require_type
+from rconv_fast.errors import ArgumentTypeError, require, require_type
 
 _ARRAYS = (Tensor, np.ndarray, np.generic, numbers.Number)
 # Under these names checkpoints hold the state of the model, beside that of the optimiser and the like.
@@ -58,6 +58,20 @@ def as_tensor(value: Any) -> Tensor:
     return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
+def read_tensor(function: str, argument: str, value: Any) -> Tensor:
+    """`as_tensor` of what came from outside: numbers, nested lists and arrays, or the package's own error."""
+    try:
+        return as_tensor(value if is_tensor_like(value) else np.asarray(value))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ArgumentTypeError(f"{function}: {argument} must hold numbers, got {type(value).__name__}") from error
+
+
+def require_names(function: str, argument: str, names: object) -> None:
+    """Raise ``ArgumentTypeError`` unless `names` is a sequence of str."""
+    listed = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
+    require_type(listed, function, argument, "be a sequence of str", type(names).__name__)
+
+
 def read_state(function: str, argument: str, state: Any, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Tensors by plain name: out of its container, dense, without the prefixes of wrappers.
 
@@ -84,6 +98,7 @@ def read_state(function: str, argument: str, state: Any, names: Sequence[str] | 
         must = "be given when states are sequences, as in list(model.state_dict())"
         require(names is not None, function, "names", must, None)
         assert names is not None
+        require_names(function, "names", names)
         require(len(names) == len(entries), function, argument, f"hold {len(names)} tensors, one a name", len(entries))
         opened = dict(zip(names, entries, strict=True))
     tensors = {}
@@ -92,7 +107,7 @@ def read_state(function: str, argument: str, state: Any, names: Sequence[str] | 
             continue
         must, kind = "be a tensor", type(value).__name__
         require_type(is_tensor_like(value), function, f"{argument}[{name!r}]", must, kind)
-        tensors[str(name)] = as_tensor(value)
+        tensors[str(name)] = read_tensor(function, f"{argument}[{name!r}]", value)
     return dict(zip(plain_names(list(tensors)), tensors.values(), strict=True))
 
 

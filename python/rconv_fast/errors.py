@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import numbers
 from types import ModuleType
 from typing import Any
 
@@ -76,6 +77,19 @@ def require_type(condition: bool, function: str, argument: str, must: str, got: 
     """Raise ``ArgumentTypeError`` with the package's one-line message unless `condition` holds."""
     if not condition:
         raise ArgumentTypeError(f"{function}: {argument} must {must}, got {got}")
+
+
+def require_number(function: str, argument: str, got: object) -> None:
+    """Raise ``ArgumentTypeError`` unless `got` is a real number."""
+    real = isinstance(got, numbers.Real) and not isinstance(got, bool)
+    require_type(real, function, argument, "be a number", f"{type(got).__name__}")
+
+
+def require_count(function: str, argument: str, got: object) -> None:
+    """Raise one of the package's errors unless `got` is an int of at least 1."""
+    require_type(isinstance(got, int) and not isinstance(got, bool), function, argument, "be an int", repr(got))
+    assert isinstance(got, int)
+    require(got >= 1, function, argument, "be at least 1", got)
 
 
 def optional(module: str, extra: str, function: str) -> ModuleType:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
-from rconv_fast.errors import InterruptedInversionError, require
+from rconv_fast.containers import read_tensor
+from rconv_fast.errors import InterruptedInversionError, LinAlgError, require
 from rconv_fast.estimate import Grid, Quantum, entry_noise, joint_answer, snapped, with_arithmetic
 from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.gradient_map import GradientMap
@@ -119,8 +120,14 @@ def invert(
     R-CONV (Eltaras et al., WISE 2024), sections 3 and 4; R-CONV++ (Computing 107:156, 2025).
     """
     shape = check_arguments(model, input_shape, prior, batch_size, dtype)
-    require(method in METHODS, "invert", "method", f"be one of {', '.join(METHODS)}", repr(method))
-    weights = None if class_weights is None else torch.as_tensor(class_weights)
+    require(
+        isinstance(method, str) and method in METHODS,
+        "invert",
+        "method",
+        f"be one of {', '.join(METHODS)}",
+        repr(method),
+    )
+    weights = None if class_weights is None else read_tensor("invert", "class_weights", class_weights)
     client_loss = Loss(loss, reduction, label_smoothing, weights)
     shared = read_gradients("invert", model, gradients)
     work = working_copy(model, dtype_of(model))
@@ -213,7 +220,11 @@ def _read_head(
     wrapper = graph.wrappers[-1] if graph.wrappers else ""
     name = LOSS_OF_LOGITS.get((wrapper, loss.name), loss.name)
     of_logits = replace(observation, loss=replace(loss, name=name))
-    return head_candidates(graph, of_logits, batch_size, labels, request.budget)
+    try:
+        return head_candidates(graph, of_logits, batch_size, labels, request.budget)
+    except LinAlgError:  # squares of the gradients, or of their ratio to the noise, leave float64
+        label = graph.steps[graph.output].label
+        return HeadOutcome(stops_at=label, reason="a last layer whose gradients leave the range of float64")
 
 
 def _answer(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rconv_fast.errors import require
+from rconv_fast.errors import require, require_number, require_type
 
 NAMES = ("cross_entropy", "nll", "binary_cross_entropy_with_logits", "binary_cross_entropy", "mse")
 REDUCTIONS = ("mean", "sum")
@@ -38,11 +38,18 @@ class Loss:
     class_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for argument, word in (("loss", self.name), ("reduction", self.reduction)):
+            require_type(isinstance(word, str), "invert", argument, "be a str", type(word).__name__)
         require(self.name in NAMES, "invert", "loss", f"be one of {', '.join(NAMES)}", repr(self.name))
         require(
             self.reduction in REDUCTIONS, "invert", "reduction", f"be one of {', '.join(REDUCTIONS)}", self.reduction
         )
+        require_number("invert", "label_smoothing", self.label_smoothing)
         require(0 <= self.label_smoothing < 1, "invert", "label_smoothing", "be in [0, 1)", self.label_smoothing)
+
+        if self.class_weights is not None:
+            dtype = torch.as_tensor(self.class_weights).dtype
+            require_type(not dtype.is_complex, "invert", "class_weights", "be real", dtype)
 
     @property
     def takes_labels(self) -> bool:
@@ -80,7 +87,7 @@ class Loss:
         if self.class_weights is None:
             return torch.ones(n_classes, dtype=dtype, device=device)
         weights = torch.as_tensor(self.class_weights).to(device=device, dtype=dtype).reshape(-1)
-        fits = len(weights) == n_classes and bool((weights > 0).all())
+        fits = len(weights) == n_classes and bool(((weights > 0) & weights.isfinite()).all())
         require(fits, "invert", "class_weights", f"be {n_classes} positive numbers", weights.tolist())
         return weights
 

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.containers import as_tensor, is_tensor_like, known_as, open_container
+from rconv_fast.containers import is_tensor_like, known_as, open_container, read_tensor
 from rconv_fast.errors import require, require_type
 from rconv_fast.observation import SharedGradients
 from rconv_fast.wrappers import WeightNorm, plain_parameters, unwrap, weight_norms
+
+# Sums of squares of larger entries leave float64.
+LARGEST = 1e100
 
 
 def read_gradients(function: str, model: nn.Module, gradients: Any) -> SharedGradients:
@@ -86,11 +89,13 @@ def _by_name(function: str, parameters: Mapping[str, nn.Parameter], opened: Any)
 
 def _checked(function: str, argument: str, value: Any, shape: Sequence[int]) -> Tensor:
     require_type(is_tensor_like(value), function, argument, "be a tensor", type(value).__name__)
-    tensor = as_tensor(value)
+    tensor = read_tensor(function, argument, value)
     require_type(tensor.is_floating_point(), function, argument, "be of a real floating type", tensor.dtype)
     require(tuple(tensor.shape) == shape, function, argument, f"have shape {shape}", tuple(tensor.shape))
     finite = not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())  # makes no copy
     require(finite, function, argument, "be finite", "NaN or Inf")
+    largest = max((abs(float(bound)) for bound in tensor.aminmax()), default=0.0) if tensor.numel() else 0.0
+    require(largest < LARGEST, function, argument, f"be below {LARGEST:.0e}", f"{largest:.1e}")
     return tensor
 
 

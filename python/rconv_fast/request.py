@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +12,11 @@ import torch
 from torch import nn
 
 from rconv_fast.budget import Budget
-from rconv_fast.errors import UnsupportedModelError, require, require_type
+from rconv_fast.errors import UnsupportedModelError, require, require_count, require_number, require_type
 from rconv_fast.estimate import Grid, noise_of
 from rconv_fast.layers.dropout import with_masks
 from rconv_fast.losses import Loss
+from rconv_fast.memory import require_memory
 from rconv_fast.observation import Noise, Observation, SharedGradients
 from rconv_fast.on_demand import OnDemand
 from rconv_fast.rounding import rounding_of
@@ -47,6 +50,12 @@ class Request:
     budget: Budget
     before: nn.Module | None = None
 
+    def __post_init__(self) -> None:
+        if self.scale is not None:
+            require_number("invert", "scale", self.scale)
+            must = "be positive and finite"
+            require(sys.float_info.min <= self.scale < math.inf, "invert", "scale", must, self.scale)
+
     def graph(self, batch_size: int) -> Graph:
         """The model's steps for a batch of this size; one unknown step where it cannot be read."""
         try:
@@ -62,7 +71,7 @@ class Request:
         shared, dtype = self.gradients, self.dtype
         working = OnDemand(shared, lambda name: shared[name].detach().to(device=device, dtype=dtype))
         noise, source = self._noise(rounding)
-        scale = self.scale if self.gradients.scale_known else None
+        scale = float(self.scale) if self.scale is not None and self.gradients.scale_known else None
         return Observation(working, self.loss, noise=noise, rounding=rounding, scale=scale, source=source)
 
     def _noise(self, rounding: float) -> tuple[Noise, str]:
@@ -115,10 +124,12 @@ def check_arguments(
     require_type(sized, "invert", "input_shape", "be a sequence of int", repr(input_shape))
     shape = tuple(input_shape)
     require(len(shape) >= 1 and min(shape) >= 1, "invert", "input_shape", "be one sample's shape", shape)
+    require(prior is None or isinstance(prior, str), "invert", "prior", f"be one of {PRIORS}", repr(prior))
     require(prior in PRIORS, "invert", "prior", f"be one of {PRIORS}", repr(prior))
     if batch_size is not None:
-        require_type(isinstance(batch_size, int), "invert", "batch_size", "be an int", repr(batch_size))
-        require(batch_size >= 1, "invert", "batch_size", "be at least 1", batch_size)
+        require_count("invert", "batch_size", batch_size)
+    device = next(model.parameters()).device
+    require_memory("invert", "a batch of inputs", 8 * (batch_size or 1) * math.prod(shape), device)
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     require_type(floating, "invert", "dtype", "be a real floating type", repr(dtype))
     return shape

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rconv_fast.containers import plain_names, read_state
-from rconv_fast.errors import require, require_type
+from rconv_fast.containers import plain_names, read_state, require_names
+from rconv_fast.errors import require, require_count, require_number
 from rconv_fast.observation import LocalTraining, SharedGradients
 
 _FUNCTION = "gradients_from_update"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # A value rounded to a grid is off by a uniform error, whose standard deviation is the spacing over this.
 UNIFORM = math.sqrt(12)
+# The coefficients of local steps are summed step by step: a second at most.
+_MAX_STEPS = 1_000_000
 # A few round numbers fit into any format; so many different ones by chance with a probability below 2^-100.
 _TELLING = 32
 
@@ -89,12 +91,17 @@ def gradients_from_update(
     _check_training(training)
     old, new = read_state(_FUNCTION, "before", before, names), read_state(_FUNCTION, "after", after, names)
     _check_names(old, new)
+    if parameters is not None:
+        require_names(_FUNCTION, "parameters", parameters)
     wanted = None if parameters is None else set(plain_names(list(parameters)))
     absent = sorted((wanted or set()) - old.keys())
     require(not absent, _FUNCTION, "before", "hold every parameter", f"none called {absent[:1]}")
     weights = [name for name in old if _is_parameter(name, old[name], wanted)]
     require(bool(weights), _FUNCTION, "before", "hold at least one floating-point parameter", "none")
 
+    for name in weights:
+        for side, state in (("before", old), ("after", new)):
+            require(not state[name].is_complex(), _FUNCTION, f"{side}[{name!r}]", "be real", state[name].dtype)
     kept, total = step_coefficients(training)
     spacing_of = _format_of(new[name] for name in weights)
     gradients, noise = {}, {}
@@ -129,11 +136,13 @@ def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_training(training: LocalTraining) -> None:
     lr, steps = training.lr, training.steps
+    for argument in ("lr", "weight_decay", "momentum"):
+        require_number(_FUNCTION, argument, getattr(training, argument))
     require(0 < lr < math.inf, _FUNCTION, "lr", "be positive and finite", lr)
-    require(training.weight_decay >= 0, _FUNCTION, "weight_decay", "be >= 0", training.weight_decay)
+    require(0 <= training.weight_decay < math.inf, _FUNCTION, "weight_decay", "be >= 0", training.weight_decay)
     require(0 <= training.momentum < 1, _FUNCTION, "momentum", "be in [0, 1)", training.momentum)
-    require_type(isinstance(steps, int), _FUNCTION, "steps", "be an int", repr(steps))
-    require(steps >= 1, _FUNCTION, "steps", "be >= 1", steps)
+    require_count(_FUNCTION, "steps", steps)
+    require(steps <= _MAX_STEPS, _FUNCTION, "steps", f"be at most {_MAX_STEPS}", steps)
 
 
 def _check_names(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from rconv_fast.audit.hidden import HOPELESS, hidden_pattern, is_pool, is_searched, merged_pattern, merged_with
 from rconv_fast.audit.structure import checked_shape, read_structure
 from rconv_fast.audit.tally import PhaseRank, Places, Tally, head_capacity, tally, union
-from rconv_fast.errors import require, require_type
+from rconv_fast.errors import require_count
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.affine import AffineRule, SumRule
 from rconv_fast.layers.average import AverageRule
@@ -134,8 +134,7 @@ def rank_analysis(model: nn.Module, input_shape: Sequence[int], *, batch_size: i
     R-CONV (Eltaras et al., WISE 2024), section 4; the counts by stride phase are this package's own.
     """
     shape = checked_shape("rank_analysis", model, input_shape)
-    require_type(isinstance(batch_size, int), "rank_analysis", "batch_size", "be an int", repr(batch_size))
-    require(batch_size >= 1, "rank_analysis", "batch_size", "be at least 1", batch_size)
+    require_count("rank_analysis", "batch_size", batch_size)
     return count_layers(read_structure(model, shape), batch_size)
 
 

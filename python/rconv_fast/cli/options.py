@@ -18,6 +18,9 @@ from rconv_fast.containers import known_as, read_state
 from rconv_fast.report.files import load_tensors
 from rconv_fast.wrappers import unwrap
 
+# Of a shape or a list of sizes: Python itself refuses numbers of more than 4300 digits.
+LONGEST = 1000
+
 
 class Device(str, Enum):
     """Where to compute."""
@@ -52,6 +55,7 @@ def parse_shape(command: str, text: str) -> tuple[int, ...]:
     """``3x32x32`` as numbers."""
     matched = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text)
     errors.require(matched is not None, command, "--input-shape", "look like 3x32x32", repr(text))
+    errors.require(len(text) <= LONGEST, command, "--input-shape", f"have at most {LONGEST} characters", len(text))
     return tuple(int(n) for n in text.split("x"))
 
 
@@ -59,6 +63,7 @@ def parse_batches(command: str, text: str) -> list[int]:
     """``1,4,8`` as numbers."""
     matched = re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text)
     errors.require(matched is not None, command, "--batch", "be positive numbers, as in 1,4,8", repr(text))
+    errors.require(len(text) <= LONGEST, command, "--batch", f"have at most {LONGEST} characters", len(text))
     return [int(n) for n in text.split(",")]
 
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.errors import require
+from rconv_fast.containers import read_tensor
+from rconv_fast.errors import require, require_number, require_type
 from rconv_fast.observation import Noise, Observation, SharedGradients
 from rconv_fast.on_demand import OnDemand
 from rconv_fast.rounding import rounded_to
@@ -57,11 +58,13 @@ def noise_of(
     if given is None:
         return floor, f"rounding of {str(arithmetic).removeprefix('torch.')}"
     if not isinstance(given, Mapping):
+        require_number("invert", "noise", given)
         require(0 <= given < math.inf, "invert", "noise", "be finite and >= 0", given)
         given = {name: given * _rms(g) for name, g in gradients.items()}
     stated: dict[str, Tensor] = {}
     for name, g in gradients.items():
-        sigma = torch.as_tensor(given.get(name, 0.0), device=g.device)
+        sigma = read_tensor("invert", f"noise[{name!r}]", given.get(name, 0.0)).to(g.device)
+        require_type(not sigma.is_complex(), "invert", f"noise[{name!r}]", "be real", sigma.dtype)
         valid = bool((sigma >= 0).all()) and not bool(sigma.isnan().any())
         require(valid, "invert", f"noise[{name!r}]", "be >= 0", "NaN or a negative number")
         fits = sigma.ndim == 0 or sigma.shape == g.shape

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
+from rconv_fast.containers import read_tensor
 from rconv_fast.heads.counts import label_counts
 from rconv_fast.heads.head import Head
 from rconv_fast.heads.logistic import logistic_readings
@@ -131,7 +132,9 @@ def head_candidates(
         return HeadOutcome((), batch_size, None, step.label, "a last layer whose gradient is zero")
     if observation.loss.takes_labels:
         return _softmax_outcome(graph, head, rule.weight.dtype, batch_size, labels)
-    targets = None if labels is None else torch.as_tensor(labels).to(head.weight).reshape(-1, head.n_classes)
+    targets = (
+        None if labels is None else read_tensor("invert", "labels", labels).to(head.weight).reshape(-1, head.n_classes)
+    )
     readings = mse_readings(head, targets) if observation.loss.name == "mse" else logistic_readings(head)
     nothing = "a gradient that no sample explains"
     if observation.loss.name == "mse" and not head.has_bias and targets is None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
-from rconv_fast.errors import require
+from rconv_fast.containers import read_tensor
+from rconv_fast.errors import require, require_type
 from rconv_fast.heads.head import Head, check_head
 from rconv_fast.heads.multiplicity import Occurrences, count_occurrences
 from rconv_fast.heads.noisy_single import noisy_single_sample
@@ -138,7 +139,9 @@ def checked_labels(
     require(batch_size is None or batch_size >= 1, function, "batch_size", "be at least 1", batch_size)
     if labels is None:
         return None
-    given = torch.as_tensor(labels, dtype=torch.int64, device=device).reshape(-1)
+    given = read_tensor(function, "labels", labels)
+    require_type(not given.is_complex(), function, "labels", "be class numbers", given.dtype)
+    given = given.to(device, torch.int64).reshape(-1)
     require(len(given) > 0, function, "labels", "not be empty", "an empty batch")
     inside = bool(((given >= 0) & (given < n_classes)).all())
     require(inside, function, "labels", f"lie in [0, {n_classes})", given.tolist())
