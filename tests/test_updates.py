@@ -193,7 +193,7 @@ def test_states_come_in_any_container(contain: Callable[[dict[str, Tensor]], Any
     [
         ({"lr": 0.0}, r"lr must be positive and finite, got 0.0$"),
         ({"lr": float("nan")}, r"lr must be positive and finite, got nan$"),
-        ({"steps": 0}, r"steps must be >= 1, got 0$"),
+        ({"steps": 0}, r"steps must be at least 1, got 0$"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0$"),
         ({"weight_decay": -1.0}, r"weight_decay must be >= 0, got -1.0$"),
         ({"after": {}}, r"after must hold \['w'\]"),
