@@ -87,9 +87,10 @@ def require_number(function: str, argument: str, got: object) -> None:
 
 def require_count(function: str, argument: str, got: object) -> None:
     """Raise one of the package's errors unless `got` is an int of at least 1."""
-    require_type(isinstance(got, int) and not isinstance(got, bool), function, argument, "be an int", repr(got))
-    assert isinstance(got, int)
-    require(got >= 1, function, argument, "be at least 1", got)
+    whole = isinstance(got, numbers.Integral) and not isinstance(got, bool)  # numpy's count as well
+    require_type(whole, function, argument, "be an int", repr(got))
+    assert isinstance(got, numbers.Integral)
+    require(int(got) >= 1, function, argument, "be at least 1", got)
 
 
 def optional(module: str, extra: str, function: str) -> ModuleType:
