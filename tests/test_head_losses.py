@@ -147,6 +147,13 @@ def test_label_counts_where_nothing_separates(batch_size: int) -> None:
         assert torch.equal(counts, torch.bincount(batch.labels, minlength=10))
 
 
+def test_a_batch_that_fills_the_heads_rank_may_be_larger() -> None:
+    outcome = outcome_of(linear(6), some_inputs(30), torch.arange(30) % 6, Loss("cross_entropy"))
+    assert outcome.candidates == ()
+    assert outcome.label_counts is None
+    assert "batch_size= gives at least the label counts" in outcome.reason
+
+
 def test_an_outcome_holds_the_counts_and_the_reason() -> None:
     x, labels = some_inputs(30).abs(), torch.arange(30) % 7
     outcome = outcome_of(linear(10), x, labels, Loss(), batch_size=30)

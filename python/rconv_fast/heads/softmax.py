@@ -332,6 +332,9 @@ def _reason(problem: HeadProblem, found: Found) -> str:
     limit = n - (2 if problem.factors.kappa is None else 1)
     if rank > limit:
         return f"{rank} samples with {n} classes: at most {limit} leave more equations than unknowns"
+    more = ""
+    if size is None and rank == n - 1:  # all that a softmax over n classes can show
+        more = "; the batch may be larger than the head's rank: batch_size= gives at least the label counts"
     if problem.head.budget.spent:
-        return f"{len(found)} of {rank} samples certified when the time was over"
-    return f"{len(found)} of {rank} samples certified; no further root was found"
+        return f"{len(found)} of {rank} samples certified when the time was over{more}"
+    return f"{len(found)} of {rank} samples certified; no further root was found{more}"
