@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks import Attack, assert_recovered, attack, photo
-from rconv_fast import rank_analysis
+from attacks import Attack, assert_recovered, attack, gradients_of, photo
+from rconv_fast import invert, rank_analysis
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
 from rconv_fast.patterns.alternation import GENTLE, SHARP
@@ -97,6 +97,21 @@ def test_a_stuck_search_is_kicked_out_of_where_it_stands(monkeypatch: pytest.Mon
     monkeypatch.setattr("rconv_fast.walk.hidden.SCHEDULES", (replace(GENTLE, iterations=6),))
     done = assert_recovered(model, photo(12, channels=1))
     assert "kicks" in done.result.layers[0].patterns
+
+
+def test_a_merged_search_is_kicked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 1x1 convolution of one channel leaves nothing to find alone; the search over both ends without an answer."""
+    torch.manual_seed(1073)
+    model = nn.Sequential(
+        nn.Conv2d(1, 48, 1, bias=False), nn.LeakyReLU(), nn.Conv2d(48, 48, 3, 2, groups=2, padding_mode="reflect"),
+        nn.SiLU(), nn.Flatten(), nn.Linear(1200, 20),
+    )  # fmt: skip
+    monkeypatch.setattr("rconv_fast.patterns.alternation.KICKS", 1)
+    x, y = photo(12, 2, channels=1), torch.tensor([10, 5])
+    shared = {name: g.float() for name, g in gradients_of(model.double(), x, y).items()}
+    result = invert(model, shared, x.shape[1:])
+    assert any("kicks" in layer.patterns for layer in result.layers) or result.verified
+    assert result.labels.sort().values.tolist() == [5, 10]
 
 
 class Functional(nn.Module):

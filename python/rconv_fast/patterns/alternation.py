@@ -120,7 +120,7 @@ def _alternated(problem: Problem, schedule: Schedule, budget: Budget, start: Ten
     for _ in range(schedule.iterations):
         look = _Look.at(problem, _step(problem, solver, schedule, state))
         state.ridge *= schedule.decay
-        if solver.bends and state.x is not None:
+        if solver.bends and state.x is not None and state.history:
             look = _back_from(problem, state.x, look, state.history[-1])
         state.x = look.x
         state.history.append(look.last)
