@@ -156,3 +156,20 @@ def test_time_limit_is_said() -> None:
     found = invert(model, observation.gradients, (1, 12, 12), noise=1e-2, time_limit=0.0)
     assert not found.verified
     assert "time" in found.reason
+
+
+def test_batch_norm_at_rest_is_estimated_with_the_clients_arithmetic() -> None:
+    """Runs of the client's model beside the answer leave the statistics of the graph alone that is differentiated."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(24)
+    model = nn.Sequential(nn.Conv2d(1, 24, 3, 2, 1), norm, nn.LeakyReLU(), nn.Flatten(), nn.Linear(384, 10)).eval()
+    norm.running_mean, norm.running_var = torch.randn(24) / 10, torch.rand(24) + 0.5
+    x = photo(8, channels=1).float()
+    value = F.cross_entropy(model(x), torch.tensor([1]))
+    shared = dict(
+        zip(dict(model.named_parameters()), torch.autograd.grad(value, list(model.parameters())), strict=True)
+    )
+    result = invert(model, shared, x.shape[1:], noise=1e-4)
+    assert result.verified
+    assert result.uncertainty is not None
+    assert float((result.inputs - x).abs().max()) < 6 * float(result.uncertainty.max())

@@ -181,7 +181,8 @@ class Observation:
             value = self.factor * self.loss(logits_in(model(inputs)), targets)
             found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
         for buffer, before in buffers:
-            buffer.copy_(before)
+            if not torch.equal(buffer, before):  # in evaluation mode a graph of another run may hold it
+                buffer.copy_(before)
         return {
             name: torch.zeros_like(p) if g is None else g.detach()
             for (name, p), g in zip(parameters.items(), found, strict=True)
