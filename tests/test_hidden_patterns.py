@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks import Attack, assert_recovered, attack, gradients_of, photo
-from rconv_fast import invert, rank_analysis
+from attacks import Attack, assert_recovered, attack, photo
+from rconv_fast import rank_analysis
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
-from rconv_fast.patterns.alternation import GENTLE, SHARP
+from rconv_fast.patterns.alternation import GENTLE, MERGED, SHARP
 from rconv_fast.walk.reader import build_graph
 
 GREY = photo(16, channels=1)
@@ -99,21 +100,6 @@ def test_a_stuck_search_is_kicked_out_of_where_it_stands(monkeypatch: pytest.Mon
     assert "kicks" in done.result.layers[0].patterns
 
 
-def test_a_merged_search_is_kicked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 1x1 convolution of one channel leaves nothing to find alone; the search over both ends without an answer."""
-    torch.manual_seed(1073)
-    model = nn.Sequential(
-        nn.Conv2d(1, 48, 1, bias=False), nn.LeakyReLU(), nn.Conv2d(48, 48, 3, 2, groups=2, padding_mode="reflect"),
-        nn.SiLU(), nn.Flatten(), nn.Linear(1200, 20),
-    )  # fmt: skip
-    monkeypatch.setattr("rconv_fast.patterns.alternation.KICKS", 1)
-    x, y = photo(12, 2, channels=1), torch.tensor([10, 5])
-    shared = {name: g.float() for name, g in gradients_of(model.double(), x, y).items()}
-    result = invert(model, shared, x.shape[1:])
-    assert any("kicks" in layer.patterns for layer in result.layers) or result.verified
-    assert result.labels.sort().values.tolist() == [5, 10]
-
-
 class Functional(nn.Module):
     """Pools and activations as functions."""
 
@@ -161,6 +147,20 @@ def test_two_convolutions_before_a_pool_are_merged(activation: nn.Module, monkey
     done = assert_recovered(model, photo(10))
     assert done.result.layers[0].name == "0 + 2"
     assert "merged" in done.result.layers[0].patterns
+
+
+def test_a_merged_search_that_is_stuck_is_kicked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rconv_fast.walk.hidden.MERGED_SCHEDULES", (replace(MERGED, iterations=1),))
+    monkeypatch.setattr("rconv_fast.walk.hidden.SCHEDULES", (replace(SHARP, iterations=1),))
+    monkeypatch.setattr("rconv_fast.walk.hidden.NEAR", math.inf)
+    monkeypatch.setattr("rconv_fast.patterns.alternation.KICKS", 1)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(16 * 25, 10),
+    )  # fmt: skip
+    result = attack(model.double(), photo(10)).result
+    assert "merged, 1 kicks" in result.layers[0].patterns
+    assert not result.verified
 
 
 def test_what_no_pattern_determines_is_said_beforehand() -> None:

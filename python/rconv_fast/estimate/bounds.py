@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rconv_fast.errors import require
 from rconv_fast.estimate.fisher import dense_fisher, has_structure
-from rconv_fast.estimate.gauss_newton import conjugate_gradients
+from rconv_fast.estimate.gauss_newton import solve_normal
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
 from rconv_fast.estimate.information import Information
 from rconv_fast.estimate.noise_model import noise_of
@@ -164,7 +164,7 @@ def _sampled_variance(at: Linearisation, x: Tensor) -> Tensor:
         diagonal += draw().square() / SAMPLES
     diagonal += 0.05 * diagonal.mean()
     for _ in range(SAMPLES):
-        u, _ = conjugate_gradients(at, draw(), lambda v: v / diagonal, TOLERANCE, ITERATIONS)
+        u, _ = solve_normal(at, draw(), lambda v: v / diagonal, TOLERANCE, ITERATIONS)
         total += u.square()
     return total / SAMPLES
 

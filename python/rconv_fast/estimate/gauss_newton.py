@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, dot
+from rconv_fast.solve.conjugate import conjugate_gradients
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -34,29 +34,11 @@ class Fit:
     iterations: int
 
 
-def conjugate_gradients(
+def solve_normal(
     at: Linearisation, rhs: Tensor, precondition: Apply, tolerance: float = TOLERANCE, most: int = ITERATIONS
 ) -> tuple[Tensor, int]:
     """``J^T J d = rhs``; the answer and the iterations."""
-    d = torch.zeros_like(rhs)
-    r = rhs.clone()
-    z = precondition(r)
-    p = z.clone()
-    gamma = start = float((r * z).sum())
-    count = 0
-    while count < most and gamma > tolerance**2 * start:
-        count += 1
-        q = at.normal(p)
-        curvature = float((p * q).sum())
-        if not curvature > 0:  # the gradients do not see this direction
-            break
-        alpha = gamma / curvature
-        d += alpha * p
-        r -= alpha * q
-        z = precondition(r)
-        gamma, before = float((r * z).sum()), gamma
-        p = z + gamma / before * p
-    return d, count
+    return conjugate_gradients(at.normal, rhs, precondition, tolerance=tolerance, iterations=most)
 
 
 def gauss_newton(
@@ -93,10 +75,10 @@ def gauss_newton(
     chi2 = dot(at.residual, at.residual)
     while steps < most and not budget.spent:
         gradient = -at.adjoint(at.residual)
-        d, count = conjugate_gradients(at, gradient, precondition)
+        d, count = solve_normal(at, gradient, precondition)
         log_scale = 0.0
         if free_scale:
-            b, further = conjugate_gradients(at, at.adjoint(at.scaled), precondition)
+            b, further = solve_normal(at, at.adjoint(at.scaled), precondition)
             count += further
             clear = [t - part for t, part in zip(at.scaled, at.forward(b), strict=True)]
             log_scale = -dot(clear, at.residual) / dot(clear, at.scaled)

@@ -21,6 +21,7 @@ from rconv_fast.estimate.fisher import dense_rows, input_normals, sparse_rows
 from rconv_fast.estimate.gram import own_product
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.conv import ConvRule
+from rconv_fast.solve.conjugate import conjugate_gradients
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -112,11 +113,11 @@ def solve_rows(rows: WeightedRows) -> tuple[Tensor, Tensor]:
         precondition = _woodbury(rows, blocks, live)
     else:
         rows, precondition = _by_diagonal(rows, blocks)
-    x = _conjugate_gradients(rows.normal, rows.right, precondition)
+    x = _iterate(rows.normal, rows.right, precondition)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros_like(x)
     for _ in range(DRAWS):
-        drawn += _conjugate_gradients(rows.normal, rows.draw(generator), precondition).square() / DRAWS
+        drawn += _iterate(rows.normal, rows.draw(generator), precondition).square() / DRAWS
     # The draws are few: half of a value's variance is its own, half the mean of its channel.
     pooled = drawn / 2 + drawn.flatten(2).mean(2).reshape(*drawn.shape[:2], *(1,) * rows.geometry.ndim) / 2
     return x, pooled.sqrt()
@@ -208,22 +209,8 @@ def _shifted_cholesky(blocks: Tensor, prior: float) -> Tensor:
         shift *= 10
 
 
-def _conjugate_gradients(normal: Apply, right: Tensor, precondition: Apply) -> Tensor:
-    x = torch.zeros_like(right)
-    r = right.clone()
-    z = precondition(r)
-    p = z.clone()
-    gamma = start = float((r * z).sum())
-    for _ in range(ITERATIONS):
-        if not gamma > TOLERANCE**2 * start:
-            break
-        q = normal(p)
-        alpha = gamma / float((p * q).sum())
-        x, r = x + alpha * p, r - alpha * q
-        z = precondition(r)
-        gamma, before = float((r * z).sum()), gamma
-        p = z + gamma / before * p
-    return x
+def _iterate(normal: Apply, right: Tensor, precondition: Apply) -> Tensor:
+    return conjugate_gradients(normal, right, precondition, tolerance=TOLERANCE, iterations=ITERATIONS)[0]
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

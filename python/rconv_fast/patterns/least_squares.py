@@ -7,7 +7,7 @@ is shared by all channels of a group, so it is formed and factored once, ``(B n,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.patterns.problem import Convolution, Reading
+from rconv_fast.solve.conjugate import conjugate_gradients
 from rconv_fast.solve.dense import FLOPS_A_SECOND
 from rconv_fast.solve.phases.gram import input_gram
 
@@ -125,7 +126,8 @@ class WeightedSolver:
             return self._by_sample(torch.cholesky_solve(self._by_group(r), inverse))
 
         x = precondition(rhs) if start is None else start
-        return conjugate_gradients(normal, precondition, rhs, x, ITERATIONS, RTOL)
+        step, _ = conjugate_gradients(normal, rhs - normal(x), precondition, tolerance=RTOL, iterations=ITERATIONS)
+        return x + step
 
 
 # Entries of the weights of several output positions that are held at once.
@@ -180,28 +182,3 @@ def safe_cholesky(matrix: Tensor, size: float) -> Tensor:
     if bool((info != 0).any()):
         factor = torch.linalg.cholesky(matrix + SAFER * size * torch.eye(matrix.shape[-1]).to(matrix))
     return factor
-
-
-def conjugate_gradients(
-    normal: Callable[[Tensor], Tensor],
-    precondition: Callable[[Tensor], Tensor],
-    rhs: Tensor,
-    x: Tensor,
-    iterations: int,
-    rtol: float,
-) -> Tensor:
-    """A few preconditioned steps towards ``normal(x) = rhs``."""
-    r = rhs - normal(x)
-    z = precondition(r)
-    p, gamma = z, torch.sum(r * z)
-    enough = rtol * float(rhs.norm())
-    for _ in range(iterations):
-        if float(r.norm()) <= enough:
-            break
-        q = normal(p)
-        alpha = gamma / torch.sum(p * q)
-        x, r = x + alpha * p, r - alpha * q
-        z = precondition(r)
-        gamma, previous = torch.sum(r * z), gamma
-        p = z + gamma / previous * p
-    return x

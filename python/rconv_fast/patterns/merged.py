@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from rconv_fast.layers.activation import Activation
-from rconv_fast.patterns.least_squares import WeightedSolver, conjugate_gradients
+from rconv_fast.patterns.least_squares import WeightedSolver
 from rconv_fast.patterns.problem import Convolution, Front, Miss, Reading
 from rconv_fast.solve import GradientRows, Rows, ThroughRows
+from rconv_fast.solve.conjugate import conjugate_gradients
 
 # Iterations of a weighted solve, of the start.
 ITERATIONS, START_ITERATIONS, RTOL = 60, 100, 1e-12
@@ -194,4 +195,5 @@ class MergedSolver:
         def regularised(x: Tensor) -> Tensor:
             return normal(x) + size * (x.flatten(2) @ roughness).view(x.shape)
 
-        return conjugate_gradients(regularised, lambda r: r, rhs, start, iterations, RTOL)
+        step, _ = conjugate_gradients(regularised, rhs - regularised(start), tolerance=RTOL, iterations=iterations)
+        return start + step

@@ -96,6 +96,42 @@ class Symmetric(ConjugateGradients):
         return self.s.addcmul(self._q, alpha, value=-1)
 
 
+class _Bounded(Symmetric):
+    """The same, standing still along a direction that N does not see."""
+
+    def _product(self) -> Tensor:
+        curvature = super()._product()
+        self.seen = curvature > 0
+        return torch.where(self.seen, curvature, 1.0)
+
+    def _slope(self) -> Tensor:
+        return torch.where(self.seen, self.gamma, 0.0)
+
+
+def conjugate_gradients(
+    apply: Callable[[Tensor], Tensor],
+    v: Tensor,
+    preconditioner: Preconditioner = identity,
+    *,
+    tolerance: float,
+    iterations: int,
+) -> tuple[Tensor, int]:
+    """Solve ``N x = v`` from 0, and how many iterations that took.
+
+    It ends where ``||P^-1/2 s||`` has fallen by `tolerance`, after so many `iterations`, or at a direction that N does
+    not see.
+    """
+    state = _Bounded(apply, v, preconditioner)
+    goal, count = tolerance**2 * float(state.gamma), 0
+    while count < iterations and float(state.gamma) > goal:  # synchronize!
+        count += 1
+        state.step()
+        if not bool(state.seen):
+            break
+        state.turn()
+    return state.x, count
+
+
 class LeastSquares(ConjugateGradients):
     """``min ||r - M x||`` for M given by its products; the residual is kept in `r`, part by part."""
 

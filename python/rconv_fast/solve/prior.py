@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
-from rconv_fast.solve.conjugate import Symmetric
+from rconv_fast.solve.conjugate import conjugate_gradients
 from rconv_fast.solve.dense import PseudoInverse, eigen_seconds
 from rconv_fast.solve.krylov import NO_LIMIT, refine
 from rconv_fast.solve.precision import in_exact_products
@@ -171,7 +171,7 @@ def _minimise_matrix_free(terms: Sequence[Term], system: System, x: Tensor, budg
     terms = [*terms, *equations]
 
     def step(v: Tensor) -> Tensor:
-        return _conjugate_gradients(lambda d: _normal(terms, d), v if support is None else v * support)
+        return _step_solve(lambda d: _normal(terms, d), v if support is None else v * support)
 
     x, iterations = minimise(terms, x, step, budget)
     missing = [b - q for b, q in zip(balanced.rhs, balanced.apply(x), strict=True)]
@@ -191,16 +191,9 @@ def _constant(value: Tensor) -> Callable[[Tensor, float], Tensor]:
     return lambda _, __: value
 
 
-def _conjugate_gradients(apply: Callable[[Tensor], Tensor], rhs: Tensor) -> Tensor:
+def _step_solve(apply: Callable[[Tensor], Tensor], rhs: Tensor) -> Tensor:
     """``apply^-1 rhs`` for a symmetric positive operator, to the accuracy that a step of the splitting needs."""
-    state = Symmetric(apply, rhs)
-    goal = STEP_TOLERANCE**2 * float(state.gamma)
-    for _ in range(STEP_ITERATIONS):
-        if float(state.gamma) <= goal:  # synchronize!
-            break
-        state.step()
-        state.turn()
-    return state.x
+    return conjugate_gradients(apply, rhs, tolerance=STEP_TOLERANCE, iterations=STEP_ITERATIONS)[0]
 
 
 def _balance(primal: float, dual: float) -> float:
