@@ -326,6 +326,13 @@ def test_no_defence_is_beaten_by_more_than_its_bound_allows() -> None:
     assert len(table) == 6
 
 
+def test_reports_are_written_for_their_owner_alone(tmp_path: Path) -> None:
+    report = audit(narrow(), (1, 8, 8), advice=False)
+    report.to_json(tmp_path / "a.json")
+    report.to_html(tmp_path / "a.html")
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
 def test_report_shows_defences_and_privacy_side_by_side() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).double()
     found = audit(model, (1, 8, 8), advice=False, defences={"bfloat16": lambda g: defenses.quantise(g, torch.bfloat16)})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from rconv_fast.errors import LinAlgError
 from rconv_fast.estimate import layer_start
 from rconv_fast.estimate.layer_start import WeightedRows, solve_rows
 from rconv_fast.walk.reader import build_graph
@@ -67,3 +70,8 @@ def test_no_output_known_is_solved_by_the_gradient_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr(layer_start, "DIRECT_UP_TO", 0)
     x, deviation = by_columns(rows)
     assert float(((solve_rows(rows)[0] - x) / deviation).abs().max()) < 1e-2
+
+
+def test_blocks_that_are_not_finite_end_the_search_for_a_factor() -> None:
+    with pytest.raises(LinAlgError, match="positive semi-definite"):
+        layer_start._shifted_cholesky(torch.full((1, 2, 2), math.nan, dtype=torch.float64), 1.0)

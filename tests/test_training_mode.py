@@ -280,6 +280,26 @@ def test_steps_that_no_one_sample_explains_are_named_and_not_verified() -> None:
         assert any("2 local steps" in note for note in result.notes)
 
 
+def test_steps_on_several_samples_are_not_read_as_one_sample() -> None:
+    """Neither a batch size nor a label is claimed of what no one sample explains, nor against a given label."""
+    model, x = cnn(nn.LeakyReLU(0.2), filters=(8,)), photo(8, 2)
+    result = invert(model, stepped(model, x, 2, lr=0.1), x.shape[1:], time_limit=2)
+    assert not result.verified
+    assert result.batch_size != 1
+    one = invert(model, stepped(model, x[:1], 2), x.shape[1:], labels=[int(some_labels(1)) + 1], time_limit=2)
+    assert not one.verified
+
+
+def test_an_update_that_is_reproduced_but_not_proven_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = cnn(nn.ReLU()), photo(8)
+    monkeypatch.setattr("rconv_fast.unrolled._proof", lambda *_: None)
+    result = invert(model, stepped(model, x, 2), x.shape[1:])
+    assert not result.verified
+    assert float((result.inputs - x).abs().max()) < 1e-8
+    assert any("is reproduced; that no other input does so was not shown" in note for note in result.notes)
+    assert not any("miss the gradients" in note for note in result.notes)
+
+
 def test_unrolled_steps_are_those_of_torchs_sgd() -> None:
     """At the true input they miss nothing, and the products with their derivative are those of differences."""
     model, x = cnn(nn.ReLU(), filters=(6,)), photo(8)

@@ -25,7 +25,7 @@ from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
 from rconv_fast.request import Request, check_arguments, dtype_of
 from rconv_fast.unrolled import answer_of_steps, one_sample
-from rconv_fast.verdict import Answer, Inversion, conclude, fits, match_bar, statistics_fit, within_noise
+from rconv_fast.verdict import COARSE, Answer, Inversion, conclude, fits, match_bar, statistics_fit, within_noise
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.found import INTERRUPTED, Known, Options, Pass
 from rconv_fast.walk.graph import Graph
@@ -120,13 +120,8 @@ def invert(
     R-CONV (Eltaras et al., WISE 2024), sections 3 and 4; R-CONV++ (Computing 107:156, 2025).
     """
     shape = check_arguments(model, input_shape, prior, batch_size, dtype)
-    require(
-        isinstance(method, str) and method in METHODS,
-        "invert",
-        "method",
-        f"be one of {', '.join(METHODS)}",
-        repr(method),
-    )
+    known_method = isinstance(method, str) and method in METHODS
+    require(known_method, "invert", "method", f"be one of {', '.join(METHODS)}", repr(method))
     weights = None if class_weights is None else read_tensor("invert", "class_weights", class_weights)
     client_loss = Loss(loss, reduction, label_smoothing, weights)
     shared = read_gradients("invert", model, gradients)
@@ -182,23 +177,67 @@ def _inversion(
 ) -> tuple[Inversion, bool]:
     """The result, and whether Ctrl-C ended it."""
     single = request.graph(1)
-    several = one_sample(request, single) if request.before is not None and batch_size in (None, 1) else None
-    if several is not None and request.before is not None:
-        (head,) = several.candidates
-        answer = answer_of_steps(request, single, head, request.before, report)
-        inversion = conclude(single, several, [answer], None, None)
-        notes = [*inversion.notes, what_steps_mean(request.gradients, exact=inversion.verified)]
-        return replace(inversion, notes=notes), False
-    outcome = _read_head(request, single, batch_size, labels)
-    answers: list[Answer] = []
-    for head in outcome.candidates[:MAX_READINGS]:
-        answers.append(_answer(request, single, head, outcome.batch_size, report))
-        if answers[-1].interrupted:
-            break
+    several = _of_steps(request, single, batch_size, labels, report)
+    if several is not None and (several.good or several.interrupted):
+        outcome, answers = HeadOutcome((several.head,), 1), [several]
+    else:
+        outcome, answers = _of_readings(request, single, batch_size, labels, report)
+        if several is not None and several.relative < COARSE:  # the steps nearly fit one sample, which proves nothing
+            answers.append(replace(several, head=replace(several.head, complete=False)))
     inversion = conclude(single, outcome, answers, _tokens(request), request.prior)
     if request.gradients.steps > 1:
-        inversion = replace(inversion, notes=[*inversion.notes, what_steps_mean(request.gradients)])
-    return inversion, any(answer.interrupted for answer in answers)
+        reproduced = several is not None and several.good
+        note = what_steps_mean(request.gradients, reproduced=reproduced, proven=inversion.verified)
+        inversion = replace(inversion, notes=[*inversion.notes, note])
+    interrupted = outcome.reason == INTERRUPTED or any(answer.interrupted for answer in answers)
+    return inversion, interrupted
+
+
+def _of_steps(
+    request: Request,
+    graph: Graph,
+    batch_size: int | None,
+    labels: Sequence[int] | Tensor | None,
+    report: Callable[[Event], None],
+) -> Answer | None:
+    """What several local steps on one sample say, unrolled; None where that is not covered."""
+    if request.before is None or batch_size not in (None, 1):
+        return None
+    head = one_sample(request, graph)
+    told = None if labels is None else read_tensor("invert", "labels", labels).flatten().tolist()
+    if head is None or told not in (None, head.labels.tolist()):
+        return None
+    start = Answer(head, graph, Pass(head.values, {}), None, good=False)
+    before = request.before
+    return _kept(start, lambda: answer_of_steps(request, graph, head, before, report))
+
+
+def _of_readings(
+    request: Request,
+    graph: Graph,
+    batch_size: int | None,
+    labels: Sequence[int] | Tensor | None,
+    report: Callable[[Event], None],
+) -> tuple[HeadOutcome, list[Answer]]:
+    """Every reading of the head, and what each leads to."""
+    try:
+        outcome = _read_head(request, graph, batch_size, labels)
+    except KeyboardInterrupt:
+        return HeadOutcome((), batch_size, None, graph.steps[graph.output].label, INTERRUPTED), []
+    answers: list[Answer] = []
+    for head in outcome.candidates[:MAX_READINGS]:
+        answers.append(_answer(request, graph, head, outcome.batch_size, report))
+        if answers[-1].interrupted:
+            break
+    return outcome, answers
+
+
+def _kept(answer: Answer, further: Callable[[], Answer]) -> Answer:
+    """What goes further than an answer; after Ctrl-C the answer itself."""
+    try:
+        return further()
+    except KeyboardInterrupt:
+        return replace(answer, interrupted=True)
 
 
 def _tokens(request: Request) -> Tensor | None:
@@ -222,9 +261,9 @@ def _read_head(
     of_logits = replace(observation, loss=replace(loss, name=name))
     try:
         return head_candidates(graph, of_logits, batch_size, labels, request.budget)
-    except LinAlgError:  # squares of the gradients, or of their ratio to the noise, leave float64
+    except LinAlgError:  # squares of the gradients, or of their ratio to the noise, may leave float64
         label = graph.steps[graph.output].label
-        return HeadOutcome(stops_at=label, reason="a last layer whose gradients leave the range of float64")
+        return HeadOutcome(stops_at=label, reason="a last layer whose equations have no factors in float64")
 
 
 def _answer(
@@ -250,16 +289,18 @@ def _answer(
         return observation.compare(model, whole.values[graph.input], targets)
 
     whole = batch_size in (None, len(head.labels))  # else no answer can match all gradients
-    if (
-        whole and request.is_loud and not request.is_rounding
-    ):  # no equation holds exactly: the joint estimate goes first
+    if whole and request.is_loud and not request.is_rounding:  # no equation holds exactly: the estimate goes first
         start = Answer(head, graph, Pass(known.values, {}).repeated(index), None, False, request.is_loud)
-        estimated = _estimated(request, start, observation, report)
-        if estimated.good or (estimated.estimate is not None and request.budget.spent):
+        estimated = _kept(start, lambda: _estimated(request, start, observation, report))
+        over = estimated.estimate is not None and request.budget.spent
+        if estimated.good or estimated.interrupted or over:
             return estimated
     found = recover(graph, grad_logits, known, options, compare, bar)
     found = replace(found, passed=found.passed.repeated(index))
-    found = _polished(request, graph, found, targets, observation, report)
+    try:
+        found, interrupted = _polished(request, graph, found, targets, observation, report), False
+    except KeyboardInterrupt:
+        interrupted = True
     match = found.match
     good = match is not None and within_noise(match, observation.precision, noise_known=bool(observation.noise))
     if good and graph.in_training:
@@ -267,10 +308,10 @@ def _answer(
         good = statistics_fit(graph.statistics_missed(values), observation.precision)
     good = good and request.gradients.steps == 1  # one gradient at other weights than the client's proves nothing
     stop = found.passed.stop
-    interrupted = stop is not None and stop.reason == INTERRUPTED
+    interrupted = interrupted or (stop is not None and stop.reason == INTERRUPTED)
     answer = Answer(head, graph, found.passed, match, good, request.is_loud, interrupted)
     noisy = whole and bool(observation.noise) and not interrupted
-    return _estimated(request, answer, observation, report) if noisy else answer
+    return _kept(answer, lambda: _estimated(request, answer, observation, report)) if noisy else answer
 
 
 def _estimated(request: Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:

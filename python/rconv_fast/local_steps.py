@@ -26,10 +26,11 @@ def to_middle_weights(model: nn.Module, shared: SharedGradients) -> None:
                 weight.add_(share * ((kept - 1) * weight - shared.training.lr * total * mean))
 
 
-def what_steps_mean(shared: SharedGradients, *, exact: bool = False) -> str:
+def what_steps_mean(shared: SharedGradients, *, reproduced: bool, proven: bool) -> str:
     """What a reader must know of an answer from several steps."""
-    if exact:
-        return f"experimental: all {shared.steps} local steps were run on the input, and the update is reproduced"
+    if reproduced:
+        said = f"experimental: all {shared.steps} local steps were run on the input, and the update is reproduced"
+        return said if proven else f"{said}; that no other input does so was not shown: time_limit= may allow it"
     return (
         f"the update sums {shared.steps} local steps, which no input that was tried reproduces: nothing is verified, "
         "inputs are at best approximate, and only if all steps saw the same data"

@@ -31,6 +31,11 @@ def require_memory(function: str, what: str, need: int, device: torch.device) ->
         )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch raises its own type on a GPU, on a CPU a ``RuntimeError`` with a text."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def _machine_bytes() -> int:
     if MEMORY_INFO.exists():
         for line in MEMORY_INFO.read_text().splitlines():

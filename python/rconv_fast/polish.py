@@ -18,6 +18,7 @@ from rconv_fast.budget import Budget
 from rconv_fast.estimate import bits as bit
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts
 from rconv_fast.estimate.pieces import Bits
+from rconv_fast.memory import is_out_of_memory
 from rconv_fast.solve.conjugate import LeastSquares
 from rconv_fast.solve.krylov import NO_LIMIT
 
@@ -56,7 +57,9 @@ def polish(problem: GradientMap, inputs: Tensor, goal: float, budget: Budget = N
                 return best
             try:
                 candidate = _moved(problem, best, share)
-            except RuntimeError:  # a layer of the user's own that cannot be differentiated three times
+            except RuntimeError as error:  # a layer of the user's own that cannot be differentiated three times
+                if is_out_of_memory(error):
+                    raise
                 return best
             if candidate is None:  # no kink, so nothing to free
                 return best

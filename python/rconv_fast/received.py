@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -92,9 +93,9 @@ def _checked(function: str, argument: str, value: Any, shape: Sequence[int]) -> 
     tensor = read_tensor(function, argument, value)
     require_type(tensor.is_floating_point(), function, argument, "be of a real floating type", tensor.dtype)
     require(tuple(tensor.shape) == shape, function, argument, f"have shape {shape}", tuple(tensor.shape))
-    finite = not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())  # makes no copy
-    require(finite, function, argument, "be finite", "NaN or Inf")
-    largest = max((abs(float(bound)) for bound in tensor.aminmax()), default=0.0) if tensor.numel() else 0.0
+    bounds = [float(bound) for bound in tensor.aminmax()] if tensor.numel() else [0.0]  # makes no copy
+    require(all(map(math.isfinite, bounds)), function, argument, "be finite", "NaN or Inf")
+    largest = max(map(abs, bounds))
     require(largest < LARGEST, function, argument, f"be below {LARGEST:.0e}", f"{largest:.1e}")
     return tensor
 

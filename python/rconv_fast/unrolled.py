@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rconv_fast.estimate import entry_noise
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.unrolled import UnrolledMap
-from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome
+from rconv_fast.heads.candidates import HeadCandidate
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.observation import Match
 from rconv_fast.patterns.pattern import Pattern
@@ -58,7 +58,7 @@ class _Problem:
         return found if math.isfinite(found) else math.inf
 
 
-def one_sample(request: Request, graph: Graph) -> HeadOutcome | None:
+def one_sample(request: Request, graph: Graph) -> HeadCandidate | None:
     """The head's reading where all steps saw one sample: ``delta = db``, ``input = db dW / db^2``, nearly.
 
     None where that is not covered: several samples, a head without a bias, layers in training mode, other losses.
@@ -74,16 +74,14 @@ def one_sample(request: Request, graph: Graph) -> HeadOutcome | None:
     value = (d @ rule.grad_weight.flatten(1)) / d.square().sum()
     label = d.argmin()[None]
     ones = torch.ones(1, dtype=torch.int64, device=d.device)
-    head = HeadCandidate(
-        d[None], label, {step.inputs[0]: value[None]}, torch.zeros_like(d[:1]), ones, complete=True, spare=len(d)
-    )
-    return HeadOutcome((head,), 1)
+    values = {step.inputs[0]: value[None]}
+    return HeadCandidate(d[None], label, values, torch.zeros_like(d[:1]), ones, complete=True, spare=len(d) - 1)
 
 
 def answer_of_steps(
     request: Request, single: Graph, head: HeadCandidate, before: nn.Module, report: Callable[[Event], None]
 ) -> Answer:
-    """The input behind several steps, good only if it reproduces the whole update.
+    """The input behind several steps, good only if it reproduces the whole update; determined only if that is proven.
 
     Parameters
     ----------
@@ -117,8 +115,8 @@ def answer_of_steps(
     if proof is None:
         nothing = torch.zeros_like(x, dtype=torch.bool)
         shown = replace(shown, determined={**shown.determined, single.input: nothing})
-        return Answer(head, single, shown, match, good=False)
-    return Answer(head, single, proof.with_value(single.input, x), match, good=True)
+        return Answer(head, single, shown, match, good)
+    return Answer(head, single, proof.with_value(single.input, x), match, good)
 
 
 def _start(problem: _Problem, head: HeadCandidate) -> Pass:
@@ -129,10 +127,9 @@ def _start(problem: _Problem, head: HeadCandidate) -> Pass:
     for _ in range(STARTS):
         found, size = best, math.inf
         graph = build_graph(request.model, gradients, request.shape, 1, request.dtype)
-        reading = one_sample(request, graph)
-        if reading is None:
+        corrected = one_sample(request, graph)
+        if corrected is None:
             break
-        (corrected,) = reading.candidates
         for roughness in ROUGHNESS:
             if request.budget.spent:
                 break
@@ -219,15 +216,11 @@ def _proof(problem: _Problem, head: HeadCandidate, x: Tensor) -> Pass | None:
     request, observation = problem.request, problem.request.observation
     exact = observation.gradients_at(request.working_model, x, head.labels)
     graph = build_graph(request.model, exact, request.shape, 1, request.dtype)
-    reading = one_sample(request, graph)
-    if reading is None:
+    of_x = one_sample(request, graph)
+    if of_x is None:
         return None
-    (of_x,) = reading.candidates
     options = Options(observation.precision, None, request.budget, problem.report)
     pattern = Pattern(origin="forward run").with_pieces(forward_pieces(graph, x, 0.0))
     found, _ = passes(graph, of_x.grad_logits, Known(of_x.values), pattern, options)
     again = found.values.get(graph.input)
     return found if again is not None and same_answer(again, x) else None
-
-
-__all__ = ["answer_of_steps", "one_sample"]

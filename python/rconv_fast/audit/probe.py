@@ -15,6 +15,7 @@ from rconv_fast.errors import ArgumentError, require, require_type
 from rconv_fast.layers.activation import MIN_DERIVATIVE, ActivationRule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.losses import Loss, logits_in
+from rconv_fast.memory import is_out_of_memory
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.reader import trace
 from rconv_fast.wrappers import working_copy
@@ -118,6 +119,8 @@ def measure(model: nn.Module, graph: Graph, probe: Probe, loss: Loss) -> Measure
         try:
             value = loss(logits_in(watch.run(probe.inputs)), probe.targets)
         except (RuntimeError, ValueError) as error:  # batch norm in training mode, on one value a channel
+            if is_out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0]
             must = f"be one that the model accepts ({reason})"
             raise ArgumentError(f"audit: batch_size must {must}, got {len(probe.inputs)}") from error

@@ -18,6 +18,7 @@ from rconv_fast.audit.leak_map import describe, leak_picture
 from rconv_fast.audit.privacy import PrivacyRow
 from rconv_fast.audit.privacy import to_markdown as privacy_to_markdown
 from rconv_fast.audit.rank import LayerRank
+from rconv_fast.report.files import write_private
 
 SCHEMA = "rconv_fast.audit/1"
 VERDICTS = ("exact", "partial", "features only", "none found", "not covered")
@@ -109,12 +110,12 @@ class AuditReport:
         """The same as JSON text, written to `path` if given."""
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_private(Path(path), text + "\n")
         return text
 
     def to_html(self, path: str | Path) -> None:
         """Write one self-contained page, with the leak map and what defences left as pictures."""
-        Path(path).write_text(self.to_page(), encoding="utf-8")
+        write_private(Path(path), self.to_page())
 
     def to_page(self) -> str:
         """The page as text."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
 from rconv_fast.constraints.sparse import to_scipy
+from rconv_fast.errors import LinAlgError
 from rconv_fast.estimate.fisher import dense_rows, input_normals, sparse_rows
 from rconv_fast.estimate.gram import own_product
 from rconv_fast.geometry import ConvGeometry
@@ -30,7 +31,8 @@ DIRECT_UP_TO = 3072
 # Outputs of known value, and entries of their rows (512 MiB), up to which Woodbury's formula is used.
 WOODBURY_UP_TO, ROWS_UP_TO = 4096, 2**26
 # Share of the mean diagonal of ``B^T W B`` that keeps its blocks invertible; conjugate gradients take it off again.
-SHIFT = 1e-11
+# That much, and ten times more up to the mean diagonal itself, until they are.
+SHIFT, SHIFTS = 1e-11, 12
 ITERATIONS, TOLERANCE = 200, 1e-6
 # Errors drawn for the error bars where the system is not solved directly.
 DRAWS = 4
@@ -200,13 +202,13 @@ def _by_diagonal(rows: WeightedRows, blocks: Tensor) -> tuple[WeightedRows, Appl
 def _shifted_cholesky(blocks: Tensor, prior: float) -> Tensor:
     """Of blocks that may be singular."""
     shift = prior + SHIFT * float(blocks.diagonal(dim1=1, dim2=2).mean())
-    while True:
-        shifted = blocks + shift * torch.eye(blocks.shape[-1]).to(blocks)
+    for power in range(SHIFTS):
+        shifted = blocks + 10**power * shift * torch.eye(blocks.shape[-1]).to(blocks)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not bool(failed.any()):
             root: Tensor = factor
             return root
-        shift *= 10
+    raise LinAlgError("blocks that are not positive semi-definite")  # or not finite
 
 
 def _iterate(normal: Apply, right: Tensor, precondition: Apply) -> Tensor:

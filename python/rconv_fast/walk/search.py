@@ -14,7 +14,7 @@ from rconv_fast.observation import Match
 from rconv_fast.patterns.pattern import Pattern
 from rconv_fast.patterns.threshold import OTHER_FACTORS, THRESHOLD_FACTOR
 from rconv_fast.progress import Event
-from rconv_fast.walk.found import Known, Options, Pass
+from rconv_fast.walk.found import INTERRUPTED, Known, Options, Pass
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.hidden import find_pattern
 from rconv_fast.walk.pass_ import run_pass
@@ -46,7 +46,10 @@ def passes(graph: Graph, grad_logits: Tensor, known: Known, pattern: Pattern, op
     passed = run_pass(graph, grad_logits, known, pattern, options)
     while True:
         if passed.stop is not None and passed.stop.hidden:
-            found = find_pattern(graph, passed, options)
+            try:
+                found = find_pattern(graph, passed, options)
+            except KeyboardInterrupt:
+                return replace(passed, stop=replace(passed.stop, reason=INTERRUPTED)), pattern
             if not found.pieces:
                 return replace(passed, stop=replace(passed.stop, reason=found.reason)), pattern
             pattern = pattern.with_pieces(found.pieces, origin=pattern.origin)
