@@ -51,7 +51,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Row:
-    """What the count says, and what it cost."""
+    """What was found, and what it cost."""
 
     verdict: str
     reason: str
@@ -102,14 +102,14 @@ def count(subject: Subject) -> Row:
     return Row(finding.verdict, finding.reason, round(seconds, 2), peak)
 
 
-def forked(subject: Subject) -> Row:
-    """`count` in a child; what kills it is a row as well."""
+def forked(subject: Subject, measure: Callable[[Subject], Row]) -> Row:
+    """`measure` in a child; what kills it is a row as well."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
         try:
-            row = count(subject)
+            row = measure(subject)
         except BaseException as error:
             row = Row("failed", f"{type(error).__name__}: {error}", 0.0, 0)
         with os.fdopen(writer, "w") as out:
@@ -171,7 +171,7 @@ def main() -> None:
     table = lines_of(given.out) if given.filter else {}
     for subject in (*of_torchvision(), *of_timm()):
         if given.filter in subject.name:
-            line = cells(subject, forked(subject))
+            line = cells(subject, forked(subject, count))
             table[line[0], line[2]] = line
             print(*line, flush=True)
     given.out.write_text(page(table.values()))

@@ -258,6 +258,29 @@ def test_tokens_are_listed_by_an_embedding_behind_which_nothing_is_solved() -> N
     assert "LSTM" in result.reason
 
 
+class Asking(nn.Module):
+    """Asks what kind of result it got, which tracing cannot tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.reads, self.head = nn.Embedding(50, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        read = self.reads(self.embedding(ids))
+        logits: Tensor = self.head((read[0] if isinstance(read, tuple) else read).mean(1))
+        return logits
+
+
+def test_a_model_that_asks_what_it_got_gives_label_and_tokens() -> None:
+    torch.manual_seed(0)
+    model, ids = Asking().double(), torch.tensor([[3, 7, 41, 0]])
+    result = invert(model, gradients_of(model, ids, torch.tensor([2])), (4,))
+    assert result.labels.tolist() == [2]
+    assert result.tokens.tolist() == [0, 3, 7, 41]
+    assert "head" in result.features
+    assert any("torch.fx cannot trace" in text for text in (result.reason, *result.notes))
+
+
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_loud_noise_is_verified_with_error_bars_only(batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no joint estimate can be had, a fit to loud noise says nothing of what the noise hides."""

@@ -78,6 +78,9 @@ def trace(model: nn.Module) -> fx.Graph:
     return _Tracer().trace(model)
 
 
+_UNTRACEABLE = "control flow that torch.fx cannot trace"
+
+
 def build_graph(
     model: nn.Module,
     gradients: Mapping[str, Tensor],
@@ -95,7 +98,7 @@ def build_graph(
     try:
         traced = trace(model)
     except Exception as error:  # whatever the model's own code raises under tracing
-        reason = f"control flow that torch.fx cannot trace ({_first_line(error)})"
+        reason = f"{_UNTRACEABLE} ({_first_line(error)})"
         raise UnsupportedModelError(type(model).__name__, reason) from error
     return _Reader(model, gradients, input_shape, batch_size, dtype).read(traced)
 
@@ -280,7 +283,10 @@ class _Reader:
     def _one_of_several(self, node: fx.Node, source: _Several, args: Any, kwargs: Any) -> Any:
         """What is taken out of a result of several tensors depends on the input as all of it does."""
         function = _function_of(node, None)
-        result = function(source.example, *args, **kwargs)
+        try:
+            result = function(source.example, *args, **kwargs)
+        except Exception as error:  # tracing saw no tuple, and took another way than the model does
+            raise UnsupportedModelError(node.name, f"{_UNTRACEABLE} ({_first_line(error)})") from error
 
         def forward(*operands: Tensor) -> Any:
             return function(source.forward(*operands), *args, **kwargs)
