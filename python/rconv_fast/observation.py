@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.losses import Loss, logits_in
+from rconv_fast.on_demand import TOGETHER
 
 Noise = Mapping[str, "float | Tensor"]
 
@@ -157,13 +159,15 @@ class Observation:
         miss2 = seen2 = chi2 = 0.0
         entries = 0
         for name, seen in self.gradients.items():
-            other = found[name]
-            difference = (other - seen).double()
             sigma = self.sigma(name).double().clamp_min(torch.finfo(torch.float64).tiny)  # 0 / 0 is no mismatch
-            miss2 += float(difference.square().sum())
-            seen2 += float(seen.double().square().sum())
-            chi2 += float((difference / sigma).square().sum())
-            entries += int(torch.count_nonzero((seen != 0) | (other != 0)))
+            noise = sigma.reshape(-1).split(TOGETHER) if sigma.numel() == seen.numel() else itertools.repeat(sigma)
+            parts = (found[name].reshape(-1).split(TOGETHER), seen.reshape(-1).split(TOGETHER))
+            for other, own, deviation in zip(*parts, noise, strict=False):
+                difference = (other - own).double()
+                miss2 += float(difference.square().sum())
+                seen2 += float(own.double().square().sum())
+                chi2 += float((difference / deviation).square().sum())
+                entries += int(torch.count_nonzero((own != 0) | (other != 0)))
         relative = math.sqrt(miss2 / seen2) if math.isfinite(miss2) and seen2 > 0 else math.inf
         ratio = math.sqrt(chi2 / max(entries, 1)) if math.isfinite(chi2) else math.inf
         return Match(relative, ratio, chi2, entries)
@@ -190,8 +194,10 @@ class Observation:
 
     def sigma(self, name: str) -> Tensor:
         """Standard deviation of the entries of one gradient, broadcastable to it; the rounding where none is stated."""
-        seen = self.gradients[name]
         given = self.noise.get(name)
+        if isinstance(given, Tensor) and given.ndim:  # of the gradient's shape, and on its device
+            return given.double()
+        seen = self.gradients[name]
         if given is None:
             given = self.rounding * float(seen.double().square().mean().sqrt())
         return torch.as_tensor(given, dtype=torch.float64, device=seen.device)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 # Tensors of up to this many values are kept once they are made.
 KEPT = 1 << 20
+# Values of a large tensor that are looked at together, so that no large copy is made.
+TOGETHER = 1 << 22
 
 
 class OnDemand(Mapping[str, Tensor]):
@@ -27,6 +29,9 @@ class OnDemand(Mapping[str, Tensor]):
             if made.numel() <= KEPT:
                 self._kept[name] = made
         return made
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

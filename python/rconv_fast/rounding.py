@@ -7,10 +7,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from rconv_fast.on_demand import TOGETHER
+
 # Narrowest first: the first that holds every value is the one they were rounded to.
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Values looked at first, which decide almost always; and together, so that no large copy is made.
-_PROBE, _TOGETHER = 4096, 1 << 22
+# Values looked at first, which decide almost always.
+_PROBE = 4096
 
 
 def rounded_to(tensors: Iterable[Tensor | None]) -> torch.dtype:
@@ -30,4 +32,4 @@ def rounding_of(*tensors: Tensor | None) -> float:
 def _holds(dtype: torch.dtype, values: Tensor) -> bool:
     if values.dtype == dtype:
         return True
-    return all(bool((part.to(dtype).to(part.dtype) == part).all()) for part in values.split(_TOGETHER))
+    return all(bool((part.to(dtype).to(part.dtype) == part).all()) for part in values.split(TOGETHER))

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from rconv_fast.containers import read_tensor
 from rconv_fast.errors import require, require_number, require_type
 from rconv_fast.observation import Noise, Observation, SharedGradients
-from rconv_fast.on_demand import OnDemand
+from rconv_fast.on_demand import TOGETHER, OnDemand
 from rconv_fast.rounding import rounded_to
-from rconv_fast.updates import spacing
+from rconv_fast.updates import UNIFORM, spacing
 
 # Rounding of back-propagation, in units of the type's own for a value of the tensor's root mean square.
 BACKPROPAGATION = 4.0
@@ -128,8 +128,12 @@ def _rounding(g: Tensor, arithmetic: torch.dtype) -> Tensor:
     # float16 and bfloat16 are what gradients are stored in; they are computed in float32.
     computed = torch.float64 if arithmetic == torch.float64 else torch.float32
     shared = BACKPROPAGATION * torch.finfo(computed).eps / 2 * _rms(g)
-    return torch.hypot(spacing(g.double(), arithmetic) / math.sqrt(12), torch.as_tensor(shared, dtype=torch.float64))
+    own = torch.as_tensor(shared, dtype=torch.float64)
+    noise = torch.empty_like(g, dtype=torch.float64, memory_format=torch.contiguous_format)
+    for part, values in zip(noise.view(-1).split(TOGETHER), g.reshape(-1).split(TOGETHER), strict=True):
+        part.copy_(torch.hypot(spacing(values.double(), arithmetic) / UNIFORM, own))
+    return noise
 
 
 def _rms(g: Tensor) -> float:
-    return float(g.double().square().mean().sqrt())
+    return math.sqrt(sum(float(p.double().square().sum()) for p in g.reshape(-1).split(TOGETHER)) / max(g.numel(), 1))
