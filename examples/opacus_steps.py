@@ -27,6 +27,7 @@ except ImportError as error:
 
 
 def main() -> None:
+    torch.manual_seed(0)
     warnings.simplefilter("ignore")  # Opacus recommends its secure random numbers
     model = models.cnn3("leaky_relu", n_classes=10, in_channels=1, image_size=16, dtype=torch.float32)
     before = copy.deepcopy(model)

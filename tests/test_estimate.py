@@ -86,6 +86,18 @@ def test_unknown_scale_is_found() -> None:
     assert abs(found.z) < 4
 
 
+@pytest.mark.parametrize("inputs", [1, 3])
+def test_a_scale_that_the_gradients_do_not_tell_stays_finite(inputs: int) -> None:
+    # As many gradients as unknowns: whatever the scale, some input explains them.
+    model = nn.Linear(inputs, 1, bias=False).double()
+    seen = {"weight": 1e3 * torch.randn(1, inputs, dtype=torch.float64)}
+    observation = Observation(seen, Loss("mse"), {"weight": 1e3})
+    x, target = torch.randn(1, inputs, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    found = estimate(model, observation, x, target, free_scale=True)
+    assert math.isfinite(found.scale)
+    assert found.inputs.isfinite().all()
+
+
 def test_bits_are_put_right_at_an_unknown_scale() -> None:
     model, x, y = network(nn.ReLU), photo(12, channels=1), torch.tensor([3])
     observation = replace(observed(model, x, y, 1e-4, scale=0.05), scale=0.0505)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from attacks import photo
-from rconv_fast import invert, psnr
+from rconv_fast import invert, models, psnr
 from rconv_fast.audit.privacy import DpSgd, epsilon, privacy_table, reconstruction_bound
 
 
@@ -95,3 +95,18 @@ def test_a_private_step_is_recorded_with_and_without_its_noise() -> None:
     found = invert(small(), doubled, (1, 8, 8))
     assert found.inputs is not None
     assert psnr(found.inputs, x.double()) > 50
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook", "ignore::FutureWarning")
+def test_the_model_inside_opacus_module_is_attacked() -> None:
+    grad_sample = pytest.importorskip("opacus.grad_sample")
+    model = models.cnn3("leaky_relu", n_classes=5, in_channels=3, image_size=8, dtype=torch.float64)
+    x = photo(8)
+    wrapped = grad_sample.GradSampleModule(model)
+    nn.functional.cross_entropy(wrapped(x), torch.tensor([2])).backward()
+    shared = {name: p.grad for name, p in wrapped.named_parameters()}
+    assert all(name.startswith("_module.") for name in shared)
+    found = invert(wrapped, shared, (3, 8, 8))
+    assert found.verified
+    assert found.inputs is not None
+    assert float((found.inputs - x).abs().max()) < 1e-9

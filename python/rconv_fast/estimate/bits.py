@@ -113,11 +113,10 @@ def settle(
     across, among = _second_derivatives(at, x, free, doubt)
     slope_x, slope = _gradient(at, at.residual, doubt)
     if free_scale:
-        size = dot(at.scaled, at.scaled)
         along_x, along = _gradient(at, at.scaled, doubt)
-        across = across - torch.outer(along, along_x.flatten()) / size
-        among = among - torch.outer(along, along) / size
-        share = dot(at.scaled, at.residual) / size
+        across = across - torch.outer(along, along_x.flatten()) * at.per_scale
+        among = among - torch.outer(along, along) * at.per_scale
+        share = dot(at.scaled, at.residual) * at.per_scale
         slope_x, slope = slope_x - share * along_x, slope - share * along
     pulled = information.inverse @ across.mT
     quadratic = among - across @ pulled

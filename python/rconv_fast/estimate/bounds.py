@@ -135,8 +135,7 @@ def _information(problem: GradientMap, x: Tensor, known_scale: bool) -> Tensor:
 def without_scale(fisher: Tensor, at: Linearisation) -> Tensor:
     """The information that is left of x when the common factor is unknown too: ``F - b b^T / t^T t``, ``b = J^T t``."""
     b = at.adjoint(at.scaled).flatten()
-    size = sum(float(part.square().sum()) for part in at.scaled)
-    return fisher - torch.outer(b, b) / size
+    return fisher - torch.outer(b, b) * at.per_scale
 
 
 def problem_of(

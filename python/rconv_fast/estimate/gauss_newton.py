@@ -18,6 +18,9 @@ Apply = Callable[[Tensor], Tensor]
 DAMPING = (1.0, 0.5, 0.2, 0.05)
 # Inner iterations a step, and the fall of the residual at which they end.
 ITERATIONS, TOLERANCE = 60, 1e-3
+# A step changes the scale by a factor of e at most: its logarithm is a linear unknown only near where it stands, and
+# where the noise hides the scale the linear step has no bound at all.
+LARGEST_LOG_SCALE = 1.0
 # A step that would lower chi^2 by this share of the unknowns moves the answer by far less than its error bars.
 CONVERGED = 1e-3
 
@@ -53,7 +56,7 @@ def gauss_newton(
     """``min_x ||r(x)||^2`` from a start near the answer.
 
     With the scale free its logarithm is one more unknown, eliminated: with ``b = J^T t``, ``t = dr/dlog c``,
-    ``dlog c = -(t - J F^-1 b) . r / ((t - J F^-1 b) . t)``.
+    ``dlog c = -(t - J F^-1 b) . r / ((t - J F^-1 b) . t)``, between -1 and 1.
 
     Parameters
     ----------
@@ -81,7 +84,7 @@ def gauss_newton(
             b, further = solve_normal(at, at.adjoint(at.scaled), precondition)
             count += further
             clear = [t - part for t, part in zip(at.scaled, at.forward(b), strict=True)]
-            log_scale = -dot(clear, at.residual) / dot(clear, at.scaled)
+            log_scale = _log_scale(-dot(clear, at.residual), dot(clear, at.scaled))
             d = d - log_scale * b
         iterations += count
         decrement = float((gradient * d).sum())
@@ -100,3 +103,10 @@ def gauss_newton(
         if decrement < CONVERGED * n:
             break
     return Fit(x, problem.scale, chi2, decrement, steps, iterations)
+
+
+def _log_scale(slope: float, curvature: float) -> float:
+    """``slope / curvature`` within its bounds; zero where the data do not say what the scale is."""
+    if not curvature > 0:
+        return 0.0
+    return min(max(slope / curvature, -LARGEST_LOG_SCALE), LARGEST_LOG_SCALE)

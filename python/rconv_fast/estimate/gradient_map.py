@@ -193,6 +193,12 @@ class Linearisation:
         of_gradients, others = self.residual[: len(seen)], self.residual[len(seen) :]
         self.scaled = [r + s for r, s in zip(of_gradients, seen, strict=True)] + [torch.zeros_like(r) for r in others]
 
+    @property
+    def per_scale(self) -> float:
+        """``1 / t^T t`` of `scaled`; 0 where the model's gradients vanish, so that the scale explains nothing."""
+        size = dot(self.scaled, self.scaled)
+        return 1 / size if size > 0 else 0.0
+
     def adjoint(self, u: Parts) -> Tensor:
         """``J^T u`` for x; u may have a leading axis of several."""
         return self.adjoints(u)[0]
