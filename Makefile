@@ -18,7 +18,7 @@ CPU_TESTS := -m "not slow and not cuda and not peer"
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format cuda-build simulated-gpu frameworks nightly bench gpu-check wheel wheel-test clean
+.PHONY: help demo test lint types format cuda-build simulated-gpu frameworks docs nightly bench gpu-check wheel wheel-test clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -67,7 +67,7 @@ simulated-gpu: .venv/installed ## the CUDA code without a GPU: kernels on the ho
 # Flower holds typer back, so it has an environment of its own, which finds all else in .venv. Where the registry does
 # not serve the two within ten minutes, that is said, and nothing fails.
 FRAMEWORKS := build/frameworks
-FRAMEWORK_TESTS := tests/test_flower.py tests/test_privacy.py tests/test_docs.py -k "flower or opacus or privacy"
+FRAMEWORK_TESTS := $(addprefix tests/test_,flower.py privacy.py docs.py public_api.py) -k "flower or opacus or privacy"
 frameworks: $(FRAMEWORKS)/installed ## the tests and examples with Flower and Opacus
 	@if $(FRAMEWORKS)/bin/python -c "import flwr, opacus" 2> /dev/null; then \
 		FLWR_TELEMETRY_ENABLED=0 $(FRAMEWORKS)/bin/python -m pytest $(FRAMEWORK_TESTS) $(CPU_TESTS) $(TEST_ARGS); \
@@ -78,6 +78,18 @@ $(FRAMEWORKS)/installed: .venv/installed
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$($(FRAMEWORKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/above.pth"
 	-timeout 600 $(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet "flwr>=1.20" "opacus>=1.5"
+	@touch $@
+
+# Nothing is fetched while it builds, nor when it is read. Where the registry does not serve Sphinx within five minutes,
+# that is said, and nothing fails.
+SITE := build/site
+docs: .venv/docs ## the documentation as a site, warnings as errors, in build/site
+	@if $(BIN)/python -c "import furo, myst_parser, sphinx" 2> /dev/null; then \
+		$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env docs $(SITE) && echo "$(CURDIR)/$(SITE)/index.html"; \
+	else echo "SKIPPED: Sphinx could not be installed here"; fi
+
+.venv/docs: .venv/installed
+	-timeout 300 $(PIP_INSTALL) "sphinx>=8.1" "myst-parser>=4" "furo>=2024.8"
 	@touch $@
 
 nightly: .venv/installed ## the long sweeps

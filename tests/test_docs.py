@@ -18,8 +18,12 @@ import torch
 import rconv_fast
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 MODULES = [m.name for m in pkgutil.walk_packages(rconv_fast.__path__, "rconv_fast.") if "_core" not in m.name]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -29,7 +33,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, m.start()) + 2, m.group(1)) for m in found]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_snippets_of_a_page_run_in_order(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     namespace: dict[str, Any] = {}
@@ -58,6 +62,14 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
     assert min(decibels) >= 60, done.stdout
 
 
+def test_every_example_is_in_the_gallery_with_its_output() -> None:
+    gallery = (ROOT / "docs" / "gallery.md").read_text()
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f"../examples/{example.name}\n" in gallery
+        assert f"gallery/{example.stem}.txt\n" in gallery
+        assert (ROOT / "docs" / "gallery" / f"{example.stem}.txt").stat().st_size
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_are_true(name: str) -> None:
     if name.endswith("__main__"):
@@ -71,7 +83,7 @@ def test_docstring_examples_are_true(name: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -81,10 +93,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not path or (page.parent / path).exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", (page.parent / path if path else page).read_text(), re.MULTILINE)
-            assert anchor in [h.lower().replace(" ", "-") for h in headings], target
+            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_make_targets_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     commands = [
@@ -95,7 +107,7 @@ def test_make_targets_exist(page: Path) -> None:
     assert mentioned <= targets
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_of_the_command_line_exist(page: Path) -> None:
     from typer.main import get_command
 

@@ -44,11 +44,12 @@ class LayerRank:
     name, kind : str
         Layer (layers, joined by ``" + "``, where several read the same tensor) and what it is.
     weight_constraints : int
-        The paper's |A|: outputs recoverable through the activation behind; expected (or measured) where a ReLU decides.
+        The paper's ``|A|``: outputs recoverable through the activation behind; expected (or measured) where a ReLU
+        decides.
     gradient_constraints : int
-        The paper's |B| = |W|.
+        The paper's ``|B| = |W|``.
     unknowns : int
-        The paper's |X|: values of the input, all samples of the batch.
+        The paper's ``|X|``: values of the input, all samples of the batch.
     paper_says : bool
         The paper's rule: ``|A| + |B| >= |X|``, "recoverable".
     phases : tuple of PhaseRank
