@@ -56,7 +56,6 @@ def test_every_operator_is_checked_here() -> None:
 
 
 def test_a_dispatch_mode_sees_the_operators() -> None:
-    """Called in a plain program the bodies run without the dispatcher; whoever watches sees every operator."""
     names = []
 
     class Watch(TorchDispatchMode):
@@ -88,6 +87,6 @@ def test_a_profile_shows_the_operators() -> None:
 
 
 def test_a_jit_trace_is_refused_and_not_frozen() -> None:
-    """TorchScript's tracer knows no device as an argument: an error, where the bodies would trace a constant."""
+    """TorchScript's tracer knows no device as an argument: an error, and no constant in the trace."""
     with pytest.raises(RuntimeError, match="Device"):
         torch.jit.trace(lambda g: ops.gradient_components(g, (4, 4), 3)[0], torch.randn(1, 2, 2, 2))

@@ -18,6 +18,7 @@ from layers import (
     weight_matrix,
 )
 from rconv_fast.constraints import ops
+from rconv_fast.constraints.arguments import gradient_numbers
 from rconv_fast.errors import ArgumentError, ArgumentTypeError, SystemTooLargeError
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.testing import (
@@ -231,7 +232,7 @@ def test_a_matrix_larger_than_memory_is_refused_before_work() -> None:
 
 
 def test_an_operator_called_by_hand_checks_sizes() -> None:
-    layout = ops._gradient_numbers(G, (4, 4), 3, 1, 1, 1, 1)
+    layout = gradient_numbers(G, (4, 4), 3, 1, 1, 1, 1)
     crow, col = torch.ops.rconv_fast.pattern(layout, torch.device("cpu"))
     with pytest.raises(ArgumentError, match=r"^rconv_fast.values: source must have 32 elements"):
         torch.ops.rconv_fast.values(G[:, :1], crow, len(col), layout)

@@ -17,13 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
 from rconv_fast.geometry import ConvGeometry
 
 INT32_MAX = 2**31 - 1
+# A layout travels as its numbers: what operators take and torch.compile understands.
+Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -146,3 +148,9 @@ class ConstraintLayout:
         padded = math.prod(max(axis.reach, axis.row_step, axis.entry_step) for axis in self.axes)
         fits = max(self.nnz, self.n_cols, self.n_source, self.n_rows, padded) <= INT32_MAX
         return torch.int32 if fits else torch.int64
+
+
+@lru_cache(maxsize=256)
+def layout_of(numbers: Numbers) -> ConstraintLayout:
+    """The layout of these numbers, remembered with its counts."""
+    return ConstraintLayout.from_numbers(numbers)
