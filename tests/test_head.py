@@ -97,9 +97,16 @@ def test_hundred_classes(batch_size, bias):
     assert_separated(separate_softmax_batch(*batch.head), batch)
 
 
-@pytest.mark.parametrize("batch_size", range(1, 9))
+@pytest.mark.parametrize("batch_size", range(1, 10))
 def test_ten_classes(batch_size):
     batch = make_batch(10, batch_size, seed=batch_size)
+    assert_separated(separate_softmax_batch(*batch.head), batch)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_sample_fewer_than_classes(seed):
+    """As many as the head has directions, whatever the labels: the gradient's span says nothing, only the softmax."""
+    batch = make_batch(10, 9, seed=100 + seed)
     assert_separated(separate_softmax_batch(*batch.head), batch)
 
 

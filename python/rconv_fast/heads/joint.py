@@ -1,8 +1,14 @@
 """All samples of a softmax head at once, for batches too large to certify one sample alone.
 
 Beyond ``2 B > n`` one sample has no more equations than unknowns, but the batch together has
-(:mod:`rconv_fast.heads.roots` for the notation): the unknowns are all ``p_b`` (B^2 numbers), the equations
-``(I - U U^T) d_b = 0`` for every b and ``sum_b w q_b p_b^T = I``, about ``n B`` of them.
+(:mod:`rconv_fast.heads.roots` for the notation): the unknowns are all ``p_b`` (B^2 numbers), the equations say that
+the batch is the gradient, ``sum_b w_b U^T d_b p_b^T = I`` and ``(I - U U^T) d_b = 0``. With ``P`` the matrix of the
+rows ``p_b`` and ``P^-1 = [a_1 .. a_B]`` both are
+
+    d_b = U a_b / w_b        for every b:
+
+the softmax that a sample's features give is the one that the gradient leaves for it. That is measured in
+probabilities, whatever the singular values are; the products ``q_b p_b^T`` are not, and descent on them creeps.
 """
 
 from __future__ import annotations
@@ -42,10 +48,8 @@ class JointSolution:
 @dataclass
 class _State(State):
     softmax: Tensor  # [h, r, n]
-    q: Tensor  # [h, r, r], includes w
-    p: Tensor  # [h, r, r]
-    off_span: Tensor  # [h, r, n]
-    pairing: Tensor  # [h, r, r]
+    inverse: Tensor  # [h, r, r], columns a_b
+    residual: Tensor  # [h, r, n]
 
 
 @dataclass(frozen=True)
@@ -57,49 +61,64 @@ class _JointProblems:
     weight: Tensor  # [h, r]
 
     def evaluate(self, z: Tensor) -> _State:
-        """Residuals at z."""
+        """Residuals ``d_b - U a_b / w_b`` at z; a singular P is never a step forward."""
         system = self.system
         softmax = torch.softmax(system.base + z @ system.g.mT, -1)
-        d = softmax - self.target
-        inside = d @ system.u
-        p = system.p0 + z @ system.t.mT
-        q = self.weight[..., None] * inside
-        off_span = d - inside @ system.u.mT
-        pairing = q.mT @ p - torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
-        cost = off_span.square().sum((1, 2)) + pairing.square().sum((1, 2))
-        return _State(z, cost, softmax, q, p, off_span, pairing)
+        inverse, info = torch.linalg.inv_ex(system.p0 + z @ system.t.mT)
+        residual = softmax - self.target - (system.u @ inverse).mT / self.weight[..., None]
+        cost = residual.square().sum((1, 2))
+        worst = torch.finfo(cost.dtype).max
+        return _State(z, torch.where((info == 0) & (cost < worst), cost, worst), softmax, inverse, residual)
 
     def take(self, index: Tensor) -> _JointProblems:
         """The hypotheses at `index`."""
         return _JointProblems(self.system, self.target[index], self.weight[index])
 
     def step(self, state: _State, damping: Tensor) -> Tensor:
-        """Solve ``(J^T J + lambda I) dz = -J^T r`` of all samples together."""
-        system, weight = self.system, self.weight
+        """Solve ``(J^T J + lambda I) dz = -J^T r`` of all samples together.
+
+        ``dr_c = [b = c] J_c dz_c + U a_b (a_c^T T dz_b) / w_c`` for a step ``dz_b`` of sample b.
+        """
+        system, inverse = self.system, state.inverse
         h, r, k = state.z.shape
         # d softmax_b = (diag(s) - s s^T) G dz_b
         jacobian = state.softmax[..., None] * (system.g - (state.softmax @ system.g)[..., None, :])  # [h, r, n, k]
         inside = system.u.mT @ jacobian  # [h, r, r, k]
-        jacobian = jacobian - system.u @ inside
-        dq = weight[..., None, None] * inside
-        # d(q_b p_b^T) = dq_b p_b^T + q_b (T dz_b)^T; all inner products of two such matrices
-        flat = dq.movedim(2, 1).reshape(h, r, r * k)
-        pp, qq = state.p @ state.p.mT, state.q @ state.q.mT
-        normal = (flat.mT @ flat).reshape(h, r, k, r, k) * pp[:, :, None, :, None]
-        cross = (state.q @ flat).reshape(h, r, r, k)  # cross[c, b, i] = q_c . dq_b,i
-        pt = state.p @ system.t  # [h, r, k]
-        mixed = cross.permute(0, 2, 3, 1)[..., None] * pt[:, :, None, None, :]  # (dq_b,i . q_c)(p_b . T_j)
+        along = (inverse.mT @ system.t) / self.weight[..., None]  # a_c^T T / w_c, [h, r, k]
+        normal = (inverse.mT @ inverse)[:, :, None, :, None] * (along.mT @ along)[:, None, :, None, :]
+        cross = torch.einsum("hxb,hcxi->hbci", inverse, inside)  # (U a_b) . (J_c)_i
+        mixed = torch.einsum("hbci,hcj->hbjci", cross, along)
         normal += mixed
         normal += mixed.permute(0, 3, 4, 1, 2)
-        normal += qq[:, :, None, :, None] * (system.t.mT @ system.t)[None, None, :, None, :]
-        own = jacobian.mT @ jacobian  # [h, r, k, k]
         blocks = normal.diagonal(dim1=1, dim2=3)  # [h, k, k, r]
-        blocks += own.permute(0, 2, 3, 1)
-        slope = (state.off_span[..., None, :] @ jacobian)[..., 0, :]
-        slope = slope + torch.einsum("hbai,hac,hbc->hbi", dq, state.pairing, state.p)
-        slope = slope + state.q @ state.pairing @ system.t
+        blocks += (jacobian.mT @ jacobian).permute(0, 2, 3, 1)
+        slope = (state.residual[..., None, :] @ jacobian)[..., 0, :]
+        slope = slope + inverse.mT @ (state.residual @ system.u).mT @ along
         step = damped_step(normal.reshape(h, r * k, r * k), slope.reshape(h, r * k), damping)
         return step.reshape(h, r, k)
+
+
+def features_of_softmax(system: RootSystem, target: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+    """The features that the gradient leaves for samples whose softmax is that of these logits: a first guess.
+
+    ``P = (w d U)^-T`` needs no luck where the labels differ: a guessed softmax says little against ``e_y``.
+
+    Parameters
+    ----------
+    system, target, weight
+        As in :func:`solve_joint`.
+    logits : Tensor, shape (h, r, k)
+        In the coordinates of the unknown.
+
+    Returns
+    -------
+    Tensor, shape (h, r, k)
+        Coordinates of P, projected on those that meet the bias equation.
+    """
+    softmax = torch.softmax(system.base + logits @ system.g.mT, -1)
+    p = torch.linalg.inv_ex(weight[..., None] * ((softmax - target) @ system.u)).inverse.mT
+    start: Tensor = (p - system.p0) @ torch.linalg.pinv(system.t).mT
+    return start
 
 
 def solve_joint(
@@ -136,4 +155,5 @@ def solve_joint(
         problems, start, iterations=iterations, tolerance=tolerance, budget=budget, stall=_STALL, one_is_enough=True
     )
     final = problems.evaluate(z)
-    return JointSolution(final.p, final.q, final.cost.sqrt())
+    p, q = system.p0 + z @ system.t.mT, weight[..., None] * ((final.softmax - target) @ system.u)
+    return JointSolution(p, q, final.cost.sqrt())

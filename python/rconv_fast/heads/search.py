@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.heads.counts import estimated_counts, label_rows, lower_counts
-from rconv_fast.heads.joint import MAX_UNKNOWNS, JointSolution, solve_joint
+from rconv_fast.heads.joint import MAX_UNKNOWNS, JointSolution, features_of_softmax, solve_joint
 from rconv_fast.heads.problem import Found, HeadProblem
 from rconv_fast.heads.roots import HeadFactors, RootProblems, Roots, RootSystem, Slack, root_spread, solve_roots
 
@@ -37,9 +37,10 @@ _HYPOTHESES = 128
 _HYPOTHESIS_WORK = 4 * 10**7
 # Where one sample's equations outnumber its unknowns by more, the joint solve adds nothing.
 _JOINT_EXCESS = 6
-# Standard deviations, in logits, of the starting points (the first of each class is 0).
+# Standard deviations, in logits, of the starting points (the first of each class is 0); of the joint solve, of the
+# softmax that starting points are made from.
 _START_SPREADS = (0.0, 1.0, 0.3, 2.0, 4.0)
-_JOINT_SPREADS = (0.3, 1.0, 0.1, 2.0)
+_JOINT_SPREADS = (1.0, 0.3, 2.0, 0.5)
 
 
 def search(problem: HeadProblem) -> Found:
@@ -267,8 +268,9 @@ def _search_joint(problem: HeadProblem, found: Found) -> Found | None:
             break
         tried = labels.repeat_interleave(starts, 0)
         h = len(tried)
-        start = problem.normal(h, r, k) * spreads[torch.arange(h, device=spreads.device) % len(spreads)][:, None, None]
+        drawn = problem.normal(h, r, k) * spreads[torch.arange(h, device=spreads.device) % len(spreads)][:, None, None]
         target, weight = _joint_targets(problem, tried, found)
+        start = features_of_softmax(system, target, weight, drawn)
         solution = solve_joint(system, target, weight, start, budget=head.budget)
         best = int(solution.cost.argmin())
         one = (tried[best], target[best], weight[best])
