@@ -127,3 +127,14 @@ def test_rooms_are_attributes_and_loaded_when_asked_for() -> None:
         """
     )
     assert output == "[] True True\n"
+
+
+def test_audit_does_not_wait_for_torchs_compiler() -> None:
+    """Torch's meta functions import it, for more than a second: the shapes of usual layers are worked out here."""
+    code = """
+        import sys
+        from rconv_fast import audit, models
+        assert audit(models.cnn3(), (3, 32, 32)).verdict == "exact"
+        print("torch._dynamo" in sys.modules)
+    """
+    assert run(code).strip() == "False"

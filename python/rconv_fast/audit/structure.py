@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from rconv_fast.audit.shapes import UsualShapes
 from rconv_fast.errors import require, require_type
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.reader import build_graph
@@ -31,4 +32,5 @@ def read_structure(model: nn.Module, input_shape: tuple[int, ...]) -> Graph:
     UnsupportedModelError
         Where the model cannot be traced, or does not accept the input shape.
     """
-    return build_graph(meta_copy(model), {}, input_shape, 1)
+    with UsualShapes():
+        return build_graph(meta_copy(model), {}, input_shape, 1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rconv_fast.audit.shapes import UsualShapes
 from rconv_fast.layers.norm import BATCH_NORMS
 from rconv_fast.layers.registry import CONVOLUTIONS
 from rconv_fast.walk.reader import trace
@@ -39,7 +40,8 @@ def variant(
     if stride is not None:
         module.stride = (stride,) * len(module.stride)
     like = next(changed.parameters())
-    _Fitting(changed, graph=trace(changed)).run(like.new_empty(1, *input_shape))
+    with UsualShapes():
+        _Fitting(changed, graph=trace(changed)).run(like.new_empty(1, *input_shape))
     return changed
 
 

@@ -26,9 +26,10 @@ class RearrangeRule(Rule):
         sources = []
         for operand in range(len(operands)):
             indices = [torch.zeros(x.shape, dtype=torch.float64, device=x.device) for x in operands]
-            count = operands[operand].numel()
-            indices[operand] = torch.arange(1.0, count + 1, dtype=torch.float64, device=operands[operand].device)
-            indices[operand] = indices[operand].reshape(operands[operand].shape)
+            x = operands[operand]
+            if not x.is_meta:  # there are no numbers there, and torch would import its compiler to make none
+                numbers = torch.arange(1.0, x.numel() + 1, dtype=torch.float64, device=x.device)
+                indices[operand] = numbers.reshape(x.shape)
             sources.append(forward(*indices).long())
         return cls(kind, tuple(sources), tuple(x.shape for x in operands))
 
