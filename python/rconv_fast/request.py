@@ -24,7 +24,8 @@ from rconv_fast.solve import PRIORS
 from rconv_fast.verdict import DOUBLE
 from rconv_fast.walk.found import Pass
 from rconv_fast.walk.graph import Graph
-from rconv_fast.walk.reader import build_graph, opaque_graph
+from rconv_fast.walk.opaque import opaque_graph
+from rconv_fast.walk.reader import build_graph
 from rconv_fast.wrappers import working_copy
 
 # Noise below this share of the gradients leaves the equations true enough to be solved one layer after the other.

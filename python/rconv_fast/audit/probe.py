@@ -16,8 +16,8 @@ from rconv_fast.layers.activation import MIN_DERIVATIVE, ActivationRule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.losses import Loss, logits_in
 from rconv_fast.memory import is_out_of_memory
+from rconv_fast.walk.calls import trace
 from rconv_fast.walk.graph import Graph
-from rconv_fast.walk.reader import trace
 from rconv_fast.wrappers import working_copy
 
 # Made-up pictures are smooth, as photos are: noise on a grid this coarse, interpolated.

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from rconv_fast.audit.shapes import UsualShapes
 from rconv_fast.layers.norm import BATCH_NORMS
 from rconv_fast.layers.registry import CONVOLUTIONS
-from rconv_fast.walk.reader import trace
+from rconv_fast.walk.calls import trace
 from rconv_fast.wrappers import meta_copy
 
 

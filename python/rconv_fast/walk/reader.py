@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rconv_fast.errors import ArgumentError, RconvError, UnsupportedModelError
+from rconv_fast.errors import ArgumentError, UnsupportedModelError
 from rconv_fast.layers.base import Rule, UnsupportedRule
 from rconv_fast.layers.check import check_rule
-from rconv_fast.layers.dropout import DROPOUT_CALLS, DROPOUTS, DropoutRule, keep_all
-from rconv_fast.layers.norm import NormRule, Statistics, batch_statistics, has_own_statistics, norm_function, norm_sets
+from rconv_fast.layers.dropout import DropoutRule
+from rconv_fast.layers.norm import NormRule, Statistics, batch_statistics
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.layers.registry import (
     CONVOLUTIONS,
@@ -23,61 +22,17 @@ from rconv_fast.layers.registry import (
     Call,
     conv_rule,
     function_rule,
-    is_registered,
     linear_rule,
     module_rule,
     unsupported,
 )
 from rconv_fast.losses import logits_in
 from rconv_fast.observation import SharedGradients
-from rconv_fast.walk.canonical import (
-    OUTPUT_WRAPPERS,
-    positions_back,
-    positions_last,
-    split_padding,
-)
+from rconv_fast.walk.calls import Live, Several, call_name, first_line, function_of, holds_tensor, in_dtype, trace
+from rconv_fast.walk.canonical import OUTPUT_WRAPPERS, positions_back, positions_last, split_padding
 from rconv_fast.walk.graph import Graph, Step
 
 Forward = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class _Live:
-    """A tensor that depends on the network's input: the step that makes it, and an example of it."""
-
-    step: str
-    example: Tensor
-
-
-@dataclass(frozen=True)
-class _Several:
-    """A result of several tensors (chunks, a maximum and its places): each is a step once it is taken."""
-
-    name: str
-    inputs: list[str]
-    operands: list[Tensor]
-    forward: Callable[..., Any]
-    example: Any
-
-
-class _Tracer(fx.Tracer):
-    """Traces into user modules; torch's layers, subclasses that keep their forward, and registered ones are leaves."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if super().is_leaf_module(m, module_qualified_name) or is_registered(m):
-            return True
-        return any(
-            base.__module__.startswith("torch.nn") and type(m).forward is base.forward
-            for base in type(m).__mro__[1:-1]
-            if issubclass(base, nn.Module) and base not in (nn.Module, nn.Sequential, nn.ModuleList)
-        )
-
-
-def trace(model: nn.Module) -> fx.Graph:
-    """The model's calls in the order it makes them, down to torch's own layers."""
-    return _Tracer().trace(model)
-
-
 _UNTRACEABLE = "control flow that torch.fx cannot trace"
 
 
@@ -98,49 +53,9 @@ def build_graph(
     try:
         traced = trace(model)
     except Exception as error:  # whatever the model's own code raises under tracing
-        reason = f"{_UNTRACEABLE} ({_first_line(error)})"
+        reason = f"{_UNTRACEABLE} ({first_line(error)})"
         raise UnsupportedModelError(type(model).__name__, reason) from error
     return _Reader(model, gradients, input_shape, batch_size, dtype).read(traced)
-
-
-def opaque_graph(
-    model: nn.Module,
-    gradients: Mapping[str, Tensor],
-    input_shape: tuple[int, ...],
-    batch_size: int,
-    dtype: torch.dtype,
-    reason: str,
-) -> Graph:
-    """A model that cannot be read: one unknown layer, then its last fully connected one, where there is one.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If no fully connected layer has a gradient.
-    """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise UnsupportedModelError(type(model).__name__, reason)
-    label, head = layers[-1]
-    example = head.weight.new_zeros(batch_size, head.in_features, dtype=dtype)
-    names = {id(p): name for name, p in model.named_parameters()}
-
-    def name_of(parameter: Tensor | None) -> str:
-        return names.get(id(parameter), "")
-
-    call = Call([example], head.forward, lambda p: gradients.get(name_of(p)), dtype, name_of)
-    rule = linear_rule("Linear", call, head.weight, head.bias)
-    kind = type(model).__name__
-    graph = Graph(input="input", output=label, dtype=dtype, unread=f"{kind} cannot be read: {reason}")
-    image = example.new_zeros(batch_size, *input_shape)
-    graph.add(Step("input", "input", (), UnsupportedRule("input", "the input itself"), lambda: image, image.shape))
-    graph.add(Step("body", kind, ("input",), UnsupportedRule(kind, reason), _unknown, example.shape))
-    graph.add(Step(label, label, ("body",), rule, _unknown, torch.Size((batch_size, head.out_features))))
-    return graph
-
-
-def _unknown(*_: Tensor) -> Tensor:
-    raise RconvError("invert: a model that cannot be read is not run step by step")
 
 
 class _Reader:
@@ -214,7 +129,7 @@ class _Reader:
     def _finish(self, returned: Any) -> None:
         """Find the logits in what the model returns, and look through what only wraps them."""
         result = logits_in(returned)
-        if not isinstance(result, _Live):
+        if not isinstance(result, Live):
             raise UnsupportedModelError("output", "a model that returns no tensor that depends on its input")
         name, wrappers = result.step, []
         while True:
@@ -245,22 +160,22 @@ class _Reader:
         self.graph.input = node.name
         rule = UnsupportedRule("input", "the input itself")
         self.graph.add(Step(node.name, node.name, (), rule, lambda: self.example, self.example.shape))
-        return _Live(node.name, self.example)
+        return Live(node.name, self.example)
 
     def _layer(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        live: list[_Live] = []
-        fx.node.map_aggregate((args, kwargs), lambda a: live.append(a) if isinstance(a, _Live) else None)
-        if args and isinstance(args[0], _Several):
+        live: list[Live] = []
+        fx.node.map_aggregate((args, kwargs), lambda a: live.append(a) if isinstance(a, Live) else None)
+        if args and isinstance(args[0], Several):
             return self._one_of_several(node, args[0], args[1:], kwargs)
         unique = list(dict.fromkeys(entry.step for entry in live))
         module = self.modules[str(node.target)] if node.op == "call_module" else None
-        function = _function_of(node, module)
+        function = function_of(node, module)
         examples = {entry.step: entry.example for entry in live}
 
         def forward(*operands: Tensor) -> Any:
             values = dict(zip(unique, operands, strict=True))
             dtype = next((x.dtype for x in operands if x.is_floating_point()), None)
-            plain = lambda a: values[a.step].clone() if isinstance(a, _Live) else _as(a, dtype)  # noqa: E731 (in-place)
+            plain = lambda a: values[a.step].clone() if isinstance(a, Live) else in_dtype(a, dtype)  # noqa: E731 (in-place)
             call_args, call_kwargs = fx.node.map_aggregate((args, kwargs), plain)
             return function(*call_args, **call_kwargs)
 
@@ -270,35 +185,35 @@ class _Reader:
             result = forward(*operands)
         except Exception as error:  # the model's own code on a shape it does not take
             shapes = ", ".join(str(tuple(x.shape)) for x in operands)
-            must = f"be one that the model accepts (at {label!r}, on {shapes}: {_first_line(error)})"
+            must = f"be one that the model accepts (at {label!r}, on {shapes}: {first_line(error)})"
             raise ArgumentError(f"invert: input_shape must {must}, got {tuple(self.example.shape[1:])}") from error
         if not live:
             return result
         if not isinstance(result, Tensor):
-            holds = _holds_tensor(result)
-            kind = _call_name(node) if module is None else type(module).__name__
-            return _Several(kind, unique, operands, forward, result) if holds else result
+            holds = holds_tensor(result)
+            kind = call_name(node) if module is None else type(module).__name__
+            return Several(kind, unique, operands, forward, result) if holds else result
         return self._step(node, label, module, unique, operands, forward, result, args, kwargs)
 
-    def _one_of_several(self, node: fx.Node, source: _Several, args: Any, kwargs: Any) -> Any:
+    def _one_of_several(self, node: fx.Node, source: Several, args: Any, kwargs: Any) -> Any:
         """What is taken out of a result of several tensors depends on the input as all of it does."""
-        function = _function_of(node, None)
+        function = function_of(node, None)
         try:
             result = function(source.example, *args, **kwargs)
         except Exception as error:  # tracing saw no tuple, and took another way than the model does
-            raise UnsupportedModelError(node.name, f"{_UNTRACEABLE} ({_first_line(error)})") from error
+            raise UnsupportedModelError(node.name, f"{_UNTRACEABLE} ({first_line(error)})") from error
 
         def forward(*operands: Tensor) -> Any:
             return function(source.forward(*operands), *args, **kwargs)
 
         if not isinstance(result, Tensor):
-            several = _Several(source.name, source.inputs, source.operands, forward, result)
-            return several if _holds_tensor(result) else result
+            several = Several(source.name, source.inputs, source.operands, forward, result)
+            return several if holds_tensor(result) else result
         rule: Rule = unsupported(source.name)
         if source.name in REARRANGE_CALLS:
             rule = RearrangeRule.create(source.name, forward, self._working(source.operands))
         self.graph.add(Step(node.name, node.name, tuple(source.inputs), rule, forward, result.shape))
-        return _Live(node.name, result)
+        return Live(node.name, result)
 
     def _working(self, operands: list[Tensor]) -> list[Tensor]:
         return [x.to(self.graph.dtype) if x.is_floating_point() else x for x in operands]
@@ -314,7 +229,7 @@ class _Reader:
         result: Tensor,
         args: Any,
         kwargs: Any,
-    ) -> _Live:
+    ) -> Live:
         call = Call(self._working(operands), forward, self._gradient_of, self.graph.dtype, self._name_of)
         rule: Rule | None
         try:
@@ -325,19 +240,19 @@ class _Reader:
             if module is not None:
                 rule = module_rule(module, call)
             else:
-                plain = fx.node.map_aggregate(args, lambda a: a.example if isinstance(a, _Live) else a)
-                rule = function_rule(_call_name(node), call, plain, kwargs)
+                plain = fx.node.map_aggregate(args, lambda a: a.example if isinstance(a, Live) else a)
+                rule = function_rule(call_name(node), call, plain, kwargs)
         except _SharedParameter:
             rule = UnsupportedRule("shared", "parameters used more than once, whose gradient is a sum over the uses")
         if rule is None:
-            return _Live(inputs[0], result)
+            return Live(inputs[0], result)
         check_rule(label, rule, call)
         if isinstance(rule, NormRule) and module is not None:
             rule = replace(rule, statistics=self._statistics(label, module, call.operands[0]))
         if isinstance(rule, NormRule | DropoutRule):
             rule = replace(rule, dead_is_zero=self.graph.never_negative(inputs[0]))
         self.graph.add(Step(node.name, label, tuple(inputs), rule, forward, result.shape))
-        return _Live(node.name, result)
+        return Live(node.name, result)
 
     def _statistics(self, label: str, module: nn.Module, x: Tensor) -> Statistics | None:
         """Those of the batch in a norm, where the client sent its buffers back after one step."""
@@ -355,7 +270,7 @@ class _Reader:
 
     def _padded_convolution(
         self, node: fx.Node, label: str, module: Any, source: str, call: Call, padding: Forward, result: Tensor
-    ) -> _Live:
+    ) -> Live:
         """A convolution whose padding isn't symmetric zeros: a padding step, then a convolution without."""
         name = f"{node.name}_padding"
         padded = self._add_rearranged(name, f"{label} (padding)", source, call.operands[0], padding)
@@ -364,31 +279,31 @@ class _Reader:
         options = {"stride": module.stride, "padding": 0, "dilation": module.dilation, "groups": module.groups}
 
         def forward(x: Tensor) -> Tensor:
-            return convolve(x, _as(module.weight, x.dtype), _as(module.bias, x.dtype), **options)
+            return convolve(x, in_dtype(module.weight, x.dtype), in_dtype(module.bias, x.dtype), **options)
 
         plain = replace(call, operands=[padded], forward=forward)
         rule = conv_rule(CONVOLUTIONS[ndim - 1].__name__, plain, module.weight, module.bias, **options)
         check_rule(label, rule, plain)
         self.graph.add(Step(node.name, label, (name,), rule, forward, result.shape))
-        return _Live(node.name, result)
+        return Live(node.name, result)
 
     def _linear_over_positions(
         self, node: fx.Node, label: str, module: nn.Linear, source: str, call: Call, result: Tensor
-    ) -> _Live:
+    ) -> Live:
         """A fully connected layer on several positions: a convolution of kernel 1 between two permutations."""
         shape = call.operands[0].shape
         before, middle = f"{node.name}_positions", f"{node.name}_convolution"
         moved = self._add_rearranged(before, f"{label} (positions)", source, call.operands[0], positions_last)
 
         def forward(x: Tensor) -> Tensor:
-            return nn.functional.conv1d(x, _as(module.weight, x.dtype)[..., None], _as(module.bias, x.dtype))
+            return nn.functional.conv1d(x, in_dtype(module.weight, x.dtype)[..., None], in_dtype(module.bias, x.dtype))
 
         plain = replace(call, operands=[moved], forward=forward)
         rule = linear_rule("Linear", plain, module.weight, module.bias, positions=moved.shape[2])
         self.graph.add(Step(middle, label, (before,), rule, forward, forward(moved).shape))
         example = moved.new_zeros(self.graph.steps[middle].shape)
         self._add_rearranged(node.name, f"{label} (back)", middle, example, lambda y: positions_back(y, shape))
-        return _Live(node.name, result)
+        return Live(node.name, result)
 
     def _gradient_of(self, parameter: Tensor | None) -> Tensor | None:
         if parameter is None:
@@ -403,55 +318,3 @@ class _Reader:
 
 class _SharedParameter(Exception):
     """A parameter is used by a second step."""
-
-
-def _as(value: Any, dtype: torch.dtype | None) -> Any:
-    """A constant in the dtype of the tensors it meets."""
-    if isinstance(value, Tensor) and value.is_floating_point() and dtype is not None:
-        return value.to(dtype)
-    return value
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(_holds_tensor(entry) for entry in value.values())
-    if isinstance(value, tuple | list):
-        return any(_holds_tensor(entry) for entry in value)
-    return isinstance(value, Tensor)
-
-
-def _function_of(node: fx.Node, module: nn.Module | None) -> Callable[..., Any]:
-    if module is not None:
-        return lambda *args, **kwargs: _call_module(module, *args, **kwargs)
-    if node.op == "call_method":
-        name = str(node.target)
-        return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
-    assert callable(node.target)
-    return keep_all if _call_name(node) in DROPOUT_CALLS else node.target
-
-
-def _call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a module in the dtype of what it is given; its own parameters and buffers stay as they are."""
-    if has_own_statistics(module) and norm_sets(module, args[0]) is not None:
-        return norm_function(module, *args, **kwargs)
-    if isinstance(module, DROPOUTS):
-        return keep_all(args[0], module.p, module.training)
-    dtype = next((a.dtype for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
-    own = [*module.named_parameters(), *module.named_buffers()]
-    if dtype is None or (not module.training and all(not t.is_floating_point() or t.dtype == dtype for _, t in own)):
-        return module(*args, **kwargs)
-    converted = {name: _as(tensor, dtype) for name, tensor in own}
-    if module.training:  # running statistics are not to move
-        converted |= {name: _as(buffer, dtype).clone() for name, buffer in module.named_buffers()}
-    return torch.func.functional_call(module, converted, args, kwargs)
-
-
-def _call_name(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target
-    name = getattr(node.target, "__name__", str(node.target))
-    return name if not inspect.isbuiltin(node.target) or name != "_pad" else "pad"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
