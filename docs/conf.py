@@ -10,6 +10,8 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from sphinx.errors import ExtensionError
+
 import rconv_fast
 
 if TYPE_CHECKING:
@@ -92,8 +94,20 @@ def number_references(_: Sphinx, __: str, ___: str, ____: object, _____: object,
     lines[:] = [re.sub(r"\[(\d+)\]_", r"[\1]", re.sub(r"^\.\. \[(\d+)\] ", r"\1. ", line)) for line in lines]
 
 
+def require_offline(app: Sphinx, exception: Exception | None) -> None:
+    """Refuse a site whose pages would fetch something from elsewhere when they are read."""
+    if exception is None:
+        for page in Path(app.outdir).rglob("*.html"):
+            fetched = re.search(
+                r"""<(?:script|link|img|iframe)[^>]*(?:src|href)=["'](?:https?:)?//[^>]*""", page.read_text()
+            )
+            if fetched:
+                raise ExtensionError(f"{page.name} must need no network, got {fetched.group()}")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", turn_page)
     app.connect("include-read", turn_included)
     app.connect("autodoc-process-docstring", number_references)
+    app.connect("build-finished", require_offline)
