@@ -17,6 +17,7 @@ from rconv_fast.budget import Budget
 from rconv_fast.errors import require
 from rconv_fast.heads.head import check_head
 from rconv_fast.heads.separation import HeadSeparation
+from rconv_fast.heads.sparse_columns import DRAWS_AT_ONCE, sparse_directions, sparsest_basis
 from rconv_fast.heads.spectrum import numerical_rank
 from rconv_fast.rounding import rounding_of
 
@@ -27,11 +28,9 @@ _SAFETY = 1e4
 _SPAN_SAFETY = 100.0
 # Two neurons show the same sample when their candidates differ by less than this, relatively.
 _SAME = 1e-3
-# The sparsity search: most samples left, draws of neurons, draws at once and the most directions kept of them.
+# The sparsity search: most samples left, draws of neurons.
 _SEARCH_SAMPLES = 12
 _SEARCH_DRAWS = 1 << 16
-_SEARCH_CHUNK = 1 << 12
-_SEARCH_KEEP = 512
 
 
 @dataclass(frozen=True)
@@ -295,13 +294,13 @@ def _search_sparse(stack: _Stack, r: int, generator: torch.Generator, budget: Bu
     alive = (basis.norm(dim=1) > 1e-6 * basis.norm(dim=1).max()).nonzero()[:, 0]
     zero = max(1e-9, 1e3 * noise / float(values[r - 1]))  # of the largest entry
     columns = basis.new_zeros(basis.shape[0], 0)
-    for _ in range(_SEARCH_DRAWS // _SEARCH_CHUNK):
+    for _ in range(_SEARCH_DRAWS // DRAWS_AT_ONCE):
         if budget.spent:
             break
-        new = basis @ _sparse_directions(basis[alive], r, zero, generator)
+        new = basis @ sparse_directions(basis[alive], r, zero, generator)
         new = torch.where(new.abs() <= zero * new.abs().amax(0), 0.0, new)
         before = columns.shape[1]
-        columns = _sparsest_basis(torch.cat([columns, new / new.norm(dim=0)], 1), r)
+        columns = sparsest_basis(torch.cat([columns, new / new.norm(dim=0)], 1), r)
         if columns.shape[1] == r and (before < r or new.shape[1] > 0):
             extended = torch.linalg.lstsq(columns, joined).solution  # rows (x_i, kappa) up to a factor
             x = extended[:, :-1] * (kappa / extended[:, -1:])
@@ -309,42 +308,6 @@ def _search_sparse(stack: _Stack, r: int, generator: torch.Generator, budget: Bu
             if found is not None:
                 return found
     return None
-
-
-def _sparsest_basis(columns: Tensor, r: int) -> Tensor:
-    """At most r independent columns, the sparsest first (greedy, which is optimal for a basis)."""
-    order = (columns != 0).sum(0).argsort(stable=True)
-    left = columns[:, order]
-    chosen: list[int] = []
-    for _ in range(r):
-        size = left.norm(dim=0)
-        independent = (size > 1e-6).nonzero()[:, 0]
-        if len(independent) == 0:
-            break
-        i = int(independent[0])
-        chosen.append(i)
-        unit = left[:, i] / size[i]
-        left = left - torch.outer(unit, unit @ left)
-    basis: Tensor = columns[:, order[chosen]]
-    return basis
-
-
-def _sparse_directions(rows: Tensor, r: int, zero: float, generator: torch.Generator) -> Tensor:
-    """Null vectors of r - 1 drawn rows whose column has many more zeros than those rows, shape (r, m)."""
-    n = rows.shape[0]
-    if n < r + 2:
-        return rows.new_zeros(r, 0)
-    if r == 1:
-        return rows.new_ones(1, 1)
-    picked = torch.rand(_SEARCH_CHUNK, n, generator=generator).topk(r - 1, dim=1).indices
-    # the last column of a complete QR of the (r, r - 1) transposed rows spans their null space
-    q = torch.linalg.qr(rows[picked.to(rows.device)].mT, mode="complete").Q[:, :, -1]
-    columns = q @ rows.mT
-    count = (columns.abs() <= zero * columns.abs().amax(1, keepdim=True)).sum(1)
-    # r - 1 zeros by construction; a sample has about as many as there are neurons in which it is inactive
-    best = count.topk(min(_SEARCH_KEEP, len(count))).indices
-    directions: Tensor = q[best[count[best] >= max(r + 2, n // 10)]]
-    return directions.mT
 
 
 def _certified_columns(stack: _Stack, x: Tensor, columns: Tensor, tolerance: float) -> _Samples | None:
