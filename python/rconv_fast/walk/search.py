@@ -82,8 +82,8 @@ def _other_thresholds(
             Event(passed.reports[step].name, f"retry with another threshold at {graph.steps[chosen].label}")
         )
         trial = pattern.with_threshold(chosen, factor)
-        sides = run_pass(graph, grad_logits, behind, trial, options, until=chosen).values[chosen]
-        if any(torch.equal(sides, other) for other in tried):
+        sides = run_pass(graph, grad_logits, behind, trial, options, until=chosen).values.get(chosen)
+        if sides is None or any(torch.equal(sides, other) for other in tried):  # None: out of time before that
             continue
         tried.append(sides)
         other = run_pass(graph, grad_logits, behind, trial, options, until=step)
