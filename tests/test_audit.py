@@ -17,11 +17,14 @@ from attacks import gradients_of, photo
 from networks import Drawn, draw
 from rconv_fast import Inversion, defenses, invert
 from rconv_fast.audit import AuditReport, audit
-from rconv_fast.audit.attempt import nearness
+from rconv_fast.audit.attempt import attempt, nearness
 from rconv_fast.audit.defences import defence_table, to_markdown
 from rconv_fast.audit.leak_map import leak_picture
 from rconv_fast.audit.privacy import PrivacyRow
+from rconv_fast.audit.probe import make_probe
+from rconv_fast.audit.structure import read_structure
 from rconv_fast.audit.weights import describe_weights
+from rconv_fast.losses import Loss
 from rconv_fast.models import cnn3, lenet_o
 
 
@@ -74,25 +77,35 @@ def test_largest_batch_is_recovered_and_the_next_is_not() -> None:
         assert invert(model, gradients_of(model, x), (1, 8, 8), batch_size=batch).verified == whole, batch
 
 
+def recovered_of_five(drawn: Drawn, batch_size: int) -> int:
+    """How many of five made-up batches that the audit never saw are recovered whole."""
+    graph, loss = read_structure(drawn.model, drawn.input_shape), Loss("cross_entropy")
+    options = (graph, drawn.model, drawn.input_shape, batch_size, loss, None)
+    probes = [make_probe(*options, seed) for seed in range(100, 105)]
+    return sum(attempt(drawn.model, probe, drawn.input_shape, loss).verdict == "exact" for probe in probes)
+
+
 @pytest.mark.slow
-def test_no_larger_batch_is_recovered_than_the_largest() -> None:
-    """On twenty networks: of three batches of the largest size one is recovered whole, of one more sample none."""
-    right, missed, beaten = 0, [], []
+def test_most_batches_of_the_largest_size_are_recovered_and_of_one_more_are_not() -> None:
+    """On twenty networks, where the largest batch was tried."""
+    wrong, seen = [], 0
     for seed in range(200):
         drawn = draw(seed)
         try:
-            largest = audit(drawn.model, drawn.input_shape, advice=False).max_batch_size
+            counted = audit(drawn.model, drawn.input_shape, advice=False).max_batch_size
         except ValueError:  # batch norm in training mode takes no single value
             continue
-        if 1 <= largest <= 10:
-            held, over = (any(recovery(drawn, size, i).verified for i in range(3)) for size in (largest, largest + 1))
-            right += held and not over
-            missed += [str(drawn)] * (not held)
-            beaten += [str(drawn)] * over
-        if right + len(missed) + len(beaten) == 20:
+        if not 1 <= counted <= 10:
+            continue
+        largest = audit(drawn.model, drawn.input_shape, advice=False, run=True).max_batch_size
+        held, over = (recovered_of_five(drawn, size) for size in (largest, largest + 1))
+        print(f"{seed}: by count {counted}, largest {largest}: {held} of 5, one more: {over} of 5; {drawn}", flush=True)
+        wrong += [str(drawn)] * (held < 3 or over > 2)
+        seen += 1
+        if seen == 20:
             break
-    # Missed: near the limit of a head, a search finds some batches. Beaten: x >= 0 behind a ReLU, other dead units.
-    assert right >= 12, f"missed: {missed}\nbeaten: {beaten}"
+    # Near the limit it depends on the batch, and three batches out of many are a sample.
+    assert len(wrong) <= 2, wrong
 
 
 def test_advice_breaks_the_recovery() -> None:

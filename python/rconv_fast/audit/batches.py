@@ -1,6 +1,9 @@
-"""The largest batch that may be recovered whole, by its count of equations."""
+"""The largest batch that is recovered whole: by its count of equations, and by trying."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from rconv_fast.audit.finding import Finding
 from rconv_fast.audit.rank import Measured, count_layers
@@ -8,9 +11,37 @@ from rconv_fast.walk.graph import Graph
 
 # No batch larger than this is counted.
 LARGEST_BATCH = 1024
+# No batch larger than this is tried.
+LARGEST_TRIED = 32
 
 
-def largest_batch(graph: Graph, measured: Measured, loss: str, finding: Finding, batch_size: int) -> int:
+@dataclass(frozen=True)
+class LargestBatch:
+    """What is known of it.
+
+    Attributes
+    ----------
+    size : int
+        The largest batch recovered whole: as tried, else by the count.
+    counted : int
+        The largest batch whose every layer is determined by the count of equations.
+    tried : bool
+    """
+
+    size: int
+    counted: int
+    tried: bool = False
+
+    @property
+    def sentence(self) -> str:
+        """How it is known."""
+        if not self.tried:
+            return "the largest batch is what the count of equations allows; it was not tried (run=True)"
+        said = f"most of three made-up batches of {self.size} were recovered whole, of {self.size + 1} not"
+        return f"the largest batch is what was tried: {said}; the count of equations allows {self.counted}"
+
+
+def counted_batch(graph: Graph, measured: Measured, loss: str, finding: Finding, batch_size: int) -> LargestBatch:
     """The largest batch whose every layer is determined, in agreement with the verdict for `batch_size`.
 
     Of one near the head's limit some batches are taken apart and some are not: it counts.
@@ -23,7 +54,41 @@ def largest_batch(graph: Graph, measured: Measured, loss: str, finding: Finding,
     low, high = 0, 1
     while high <= LARGEST_BATCH and whole(high):
         low, high = high, 2 * high
+    low = bisect(whole, low, high)
+    return LargestBatch(max(low, batch_size) if finding.verdict == "exact" else min(low, batch_size - 1), low)
+
+
+def most_of_three(outcomes: Iterator[bool]) -> bool:
+    """Whether two of three are true; the third is not asked for where two agree."""
+    first, second = next(outcomes), next(outcomes)
+    return first if first == second else next(outcomes)
+
+
+def tried_batch(counted: LargestBatch, known: int, whole: Callable[[int], bool]) -> LargestBatch:
+    """The largest batch that is recovered, up or down from the one that the count allows.
+
+    Parameters
+    ----------
+    counted : LargestBatch
+        By its count.
+    known : int
+        A batch that is recovered.
+    whole : callable
+        Tries a batch.
+    """
+    size = counted.size
+    if size > LARGEST_TRIED:
+        return counted
+    if not whole(size):
+        return LargestBatch(bisect(whole, known, size), counted.counted, True)
+    while size < LARGEST_TRIED and whole(size + 1):
+        size += 1
+    return LargestBatch(size, counted.counted, True)
+
+
+def bisect(condition: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number with the condition, which holds at `low` and not at `high`."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if whole(middle) else (low, middle)
-    return max(low, batch_size) if finding.verdict == "exact" else min(low, batch_size - 1)
+        low, high = (middle, high) if condition(middle) else (low, middle)
+    return low

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rconv_fast.audit.advice import advise
 from rconv_fast.audit.attempt import CHEAP, attempt
-from rconv_fast.audit.batches import largest_batch
+from rconv_fast.audit.batches import LargestBatch, counted_batch, most_of_three, tried_batch
 from rconv_fast.audit.defences import Defence, defence_table
 from rconv_fast.audit.finding import Finding, judge
 from rconv_fast.audit.noise import predict
@@ -24,6 +24,7 @@ from rconv_fast.errors import UnsupportedModelError, require, require_type
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Noise
 from rconv_fast.report.payload import digest, environment
+from rconv_fast.walk.graph import Graph
 from rconv_fast.wrappers import unwrap
 
 ASSUMED = (
@@ -68,7 +69,8 @@ def audit(
     seed : int
         Of the made-up batch.
     run : bool, optional
-        Whether to run the recovery on the probe; by default where it takes about a second.
+        Whether to run the recovery on the probe; by default where it takes about a second. With True the largest batch
+        is tried as well, on made-up batches of sizes around what the count of equations allows: up to minutes.
     advice : bool
         Whether to look for the smallest changes that break a recovery.
     defences : bool or mapping of str to callable
@@ -102,7 +104,7 @@ def audit(
         graph = read_structure(model, shape)
     except UnsupportedModelError as error:
         finding = Finding("not covered", f"{error.module}: {error.reason}", error.module)
-        return subject.report(finding, [], 0, noise)
+        return subject.report(finding, [], LargestBatch(0, 0), noise)
     batch = make_probe(graph, model, shape, batch_size, objective, probe, seed)
     measured = measure(model, graph, batch, objective)
     layers = count_layers(graph, batch_size, measured, loss)
@@ -112,14 +114,16 @@ def audit(
         if probe is None and _is_close(finding, layers):
             other = make_probe(graph, model, shape, batch_size, objective, None, seed + 1)
             finding = finding.seconded(attempt(model, other, shape, objective))
-    largest = largest_batch(graph, measured, loss, finding, batch_size)
+    largest = counted_batch(graph, measured, loss, finding, batch_size)
+    if run and finding.verdict == "exact":
+        largest = subject.tried(largest, graph, seed)
     predicted = predict(model, objective, batch, noise, finding.verdict, finding.determined)
     found = []
     if advice and finding.verdict in ("exact", "partial"):
         at = None
         if isinstance(noise, int | float) and noise > 0 and predicted.psnr is not None:
             at = (noise, predicted.psnr)
-        found = advise(model, shape, layers, batch_size, largest, loss, at)
+        found = advise(model, shape, layers, batch_size, largest.size, loss, at)
     rows = []
     if defences:
         named = None if defences is True else defences
@@ -133,7 +137,7 @@ def audit(
         leak_map=predicted.leak_map,
         advice=found,
         defences=rows,
-        assumptions=[*report.assumptions, probed, *finding.notes, *predicted.notes],
+        assumptions=[*report.assumptions, probed, largest.sentence, *finding.notes, *predicted.notes],
         seconds=time.perf_counter() - start,
     )
 
@@ -158,14 +162,28 @@ class _Subject:
     batch_size: int
     loss: Loss
 
-    def report(self, finding: Finding, layers: list[LayerRank], largest: int, noise: float | Noise) -> AuditReport:
+    def tried(self, counted: LargestBatch, graph: Graph, seed: int) -> LargestBatch:
+        """The largest batch of which most made-up ones are recovered."""
+
+        def recovered(size: int, seed: int) -> bool:
+            batch = make_probe(graph, self.model, self.input_shape, size, self.loss, None, seed)
+            return attempt(self.model, batch, self.input_shape, self.loss).verdict == "exact"
+
+        def whole(size: int) -> bool:
+            return most_of_three(recovered(size, seed + i) for i in range(3))
+
+        return tried_batch(counted, self.batch_size, whole)
+
+    def report(
+        self, finding: Finding, layers: list[LayerRank], largest: LargestBatch, noise: float | Noise
+    ) -> AuditReport:
         """What is known so far."""
         weights = describe_weights(self.model)
         mode = "training" if self.model.training else "evaluation"
         return AuditReport(
             finding.verdict,
             finding.reason,
-            largest,
+            largest.size,
             finding.stops_at,
             layers,
             predicted_psnr=None,
@@ -176,6 +194,7 @@ class _Subject:
             noise=noise if isinstance(noise, int | float) else math.nan,
             weights=weights,
             tried=finding.tried,
+            max_batch_by_count=largest.counted,
             model={
                 "name": type(self.model).__name__,
                 "parameters": sum(p.numel() for p in self.model.parameters()),

@@ -42,7 +42,8 @@ class AuditReport:
     reason : str
         Why, in one sentence.
     max_batch_size : int
-        The largest batch of which every sample can be recovered (0: none), by the count of equations.
+        The largest batch of which every sample is recovered (0: none): by the count of equations, with ``run=True`` as
+        tried on made-up batches; `assumptions` says which.
     stops_at : str or None
         The layer at which the recursion ends, or None.
     layers : list of LayerRank
@@ -71,6 +72,8 @@ class AuditReport:
         Name, number of parameters, input shape, hash of the state.
     versions : dict
     seconds : float
+    max_batch_by_count : int
+        The largest batch whose every layer is determined by the count of equations.
     """
 
     verdict: str
@@ -91,6 +94,7 @@ class AuditReport:
     model: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    max_batch_by_count: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; numbers that are not finite are None, of the map there is its shape and a sentence."""
