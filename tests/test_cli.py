@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rconv_fast
+from json_schema import violations
 from rconv_fast import cli, models
 from rconv_fast.cli import photos
 from rconv_fast.errors import InterruptedInversionError
 from rconv_fast.metrics import psnr
 from rconv_fast.progress import Event
 from rconv_fast.report.files import RUN_FILES
+from rconv_fast.report.payload import schema_of
 from rconv_fast.sweep import read_rows
 from rconv_fast.verdict import Inversion
 from results import exact, features
@@ -87,7 +89,10 @@ def error_line(done: Done) -> str:
 
 
 def report_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "report.json").read_text())
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    schema = schema_of(report["schema"])
+    assert not list(violations(report, schema, schema))
+    return report
 
 
 def test_demo_writes_pictures_and_reports_that_nobody_else_reads(run: Run, fake: FakeInversion, tmp_path: Path) -> None:
@@ -584,7 +589,9 @@ def test_audit_writes_its_report_and_fails_on_what_it_is_told_to(run: Run, tmp_p
     done = run(*given, *(x for name, path in written.items() for x in (f"--{name}", path)), "--fail-on", "exact")
     assert done.exit_code == 1, done.errors
     assert done.output.startswith("exact: ")
-    assert json.loads((tmp_path / "a.json").read_text())["verdict"] == "exact"
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["verdict"] == "exact"
+    assert not list(violations(report, schema_of(report["schema"]), schema_of(report["schema"])))
     Page().feed((tmp_path / "a.html").read_text())
     assert written["markdown"].read_text().startswith("## Gradient leakage of Sequential")
     assert {path.stat().st_mode & 0o777 for path in written.values()} == {0o600}

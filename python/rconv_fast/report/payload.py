@@ -8,6 +8,7 @@ import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ import scipy
 import torch
 from torch import Tensor
 
+from rconv_fast.errors import require
+
 if TYPE_CHECKING:
     from rconv_fast.verdict import Inversion
 
 INVERSION_SCHEMA = "rconv_fast.inversion/1"
+# Where each kind is described.
+SCHEMAS = {"rconv_fast.audit/1": "audit-1.json", INVERSION_SCHEMA: "inversion-1.json"}
 LAYER_FIELDS = (
     "name",
     "kind",
@@ -60,6 +65,21 @@ def of_inversion(inversion: Inversion) -> dict[str, Any]:
         "features": {name: shape_of(value) for name, value in inversion.features.items()},
         "tokens": inversion.tokens,
     }
+
+
+def schema_of(name: str) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a kind of report, by what its ``"schema"`` says.
+
+    Examples
+    --------
+    >>> schema_of("rconv_fast.audit/1")["properties"]["verdict"]["enum"]
+    ['exact', 'partial', 'features only', 'none found', 'not covered']
+    """
+    must = f"be one of {', '.join(SCHEMAS)}"
+    require(name in SCHEMAS, "schema_of", "name", must, name)
+    path = resources.files("rconv_fast.report") / "schemas" / SCHEMAS[name]
+    schema: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return schema
 
 
 def present(label_counts: Tensor) -> dict[str, int]:
