@@ -161,6 +161,20 @@ CHAINS = [
 ]
 
 
+@pytest.mark.parametrize("noise", [1e-5, 1e-3, 1e-2])
+def test_sides_of_a_valley_are_found_under_stated_noise(noise: float) -> None:
+    """The right sides of a GELU miss by the noise, not by rounding: what is reached is what was predicted."""
+    model, x, y = chain(nn.GELU, 1, 16, 8), photo(8, 1, 1), torch.tensor([1])
+    options = {"noise": noise, "probe": (x, y), "run": False, "advice": False}
+    predicted = audit(model, (1, 8, 8), **options).predicted_psnr
+    generator = torch.Generator().manual_seed(0)
+    found = invert(
+        model, defenses.gaussian(gradients_of(model, x, y), noise, relative=True, generator=generator), (1, 8, 8)
+    )
+    assert found.verified
+    assert nearness(found.inputs, x) == pytest.approx(predicted, abs=3)
+
+
 @pytest.mark.slow
 def test_predicted_is_what_is_reached() -> None:
     """Eight networks at four noise levels: the mean square error of three draws, within 3 dB of the bound."""

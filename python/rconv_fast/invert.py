@@ -280,7 +280,7 @@ def _answer(
     graph = single if len(first) == 1 else request.graph(len(first))
     grad_logits = head.grad_logits[first] * times[first, None]
     known = Known({name: value[first] for name, value in head.values.items()})
-    options = Options(observation.precision, request.prior, request.budget, report)
+    options = Options(observation.precision, request.prior, request.budget, report, observation.noise)
     bar = match_bar(observation.precision)
 
     def compare(passed: Pass) -> Match:

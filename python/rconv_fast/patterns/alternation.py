@@ -124,7 +124,7 @@ def _alternated(problem: Problem, schedule: Schedule, budget: Budget, start: Ten
             look = _back_from(problem, state.x, look, state.history[-1])
         state.x = look.x
         state.history.append(look.last)
-        if look.worst < GATE and (refuted is None or not torch.equal(look.pattern, refuted)):
+        if look.worst < max(GATE, problem.tolerance) and (refuted is None or not torch.equal(look.pattern, refuted)):
             certified = certify(problem, look.pattern, look.x)
             refuted = look.pattern
         if certified is not None or budget.spent or _stalled(state.history, schedule.patience):

@@ -10,6 +10,9 @@ from torch import Tensor
 from rconv_fast.patterns.problem import Problem
 from rconv_fast.solve import Evidence, solve
 
+# A wrong pattern is certified with at most this chance.
+CHANCE = 1e-8
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -29,10 +32,12 @@ class Fit:
 def certify(problem: Problem, pattern: Tensor, x: Tensor) -> Fit | None:
     """Solve all equations under a pattern found at x, every one counting the same; None where something contradicts it.
 
-    No more equations than unknowns would leave nothing to contradict.
+    No more equations than unknowns would leave nothing to contradict; a wrong pattern meets m more to a relative eps
+    with a chance of about eps^m.
     """
     system = problem.system(problem.hidden.tight(pattern), x)
-    if system.count <= system.unknowns:
+    spare = system.count - system.unknowns
+    if spare <= 0 or problem.tolerance**spare > CHANCE:
         return None
     solution = solve(system)
     if not bool(solution.determined.all()):

@@ -29,6 +29,8 @@ from rconv_fast.walk.graph import Graph, Step
 
 # Relative misfit up to which a pattern counts as met, in roundings of the gradients, and its least.
 TOLERANCE, LEAST_TOLERANCE = 1e3, 1e-10
+# The same in units of a stated noise: the right pattern misses by about one, of the layer's gradients or those behind.
+NOISY = 5.0
 # Maxima this near, in units of that tolerance, are equal.
 EQUAL = 0.1
 # Gradients behind an average over all positions are this even.
@@ -103,7 +105,7 @@ def read_problem(graph: Graph, passed: Pass, chain: Chain, options: Options) -> 
     folded, rest = _fold(graph, chain)
     if folded is None:
         return None
-    tolerance = max(LEAST_TOLERANCE, TOLERANCE * options.precision)
+    tolerance = max(LEAST_TOLERANCE, TOLERANCE * options.precision, NOISY * _noise_of(chain.conv, options))
     if isinstance(chain.hidden.rule, ActivationRule):
         averages = None if rest else _averages(graph, passed, chain.hidden)
         return None if averages is None else Problem(folded, averages, tolerance)
@@ -119,6 +121,14 @@ def read_problem(graph: Graph, passed: Pass, chain: Chain, options: Options) -> 
             planes = [t.reshape(*t.shape[:2], -1) for t in (behind.value, grad)]
             hidden = Branches(chain.hidden.rule.valley, *planes)
     return None if hidden is None else Problem(folded, hidden, tolerance)
+
+
+def _noise_of(step: Step, options: Options) -> float:
+    """Of a convolution's gradients, relative."""
+    rule = step.rule
+    if not isinstance(rule, ConvRule) or rule.grad_weight is None or not bool(rule.grad_weight.any()):
+        return 0.0
+    return options.relative_noise(rule.stored.weight_name, rule.grad_weight)
 
 
 def _fold(graph: Graph, chain: Chain) -> tuple[Convolution | None, tuple[Step, ...]]:

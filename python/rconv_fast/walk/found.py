@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
@@ -116,12 +117,18 @@ class Known:
 
 @dataclass(frozen=True)
 class Options:
-    """What a pass may do: spacing of the gradients' values, prior for an open input, time, who is told."""
+    """What a pass may do: spacing of the gradients' values, prior for an open input, time, who is told, their noise."""
 
     precision: float
     prior: str | None = None
     budget: Budget = field(default_factory=Budget)
     progress: Progress = lambda _: None
+    noise: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+    def relative_noise(self, name: str, gradient: Tensor) -> float:
+        """The noise of a parameter's gradient over its size, 0 where none was stated."""
+        sigma = torch.as_tensor(self.noise.get(name, 0.0), dtype=torch.float64, device=gradient.device)
+        return float(sigma.square().mean().sqrt() / gradient.double().square().mean().sqrt())
 
     @property
     def bar(self) -> float:
