@@ -103,8 +103,9 @@ class Request:
 
     @cached_property
     def working_model(self) -> nn.Module:
-        """A copy in working precision, to run candidates through."""
-        return working_copy(self.model, self.dtype)
+        """The model in working precision, to run candidates through."""
+        same = all(x.dtype == self.dtype for x in self.model.parameters())
+        return self.model if same else working_copy(self.model, self.dtype)
 
     def masked(self, model: nn.Module, graph: Graph, passed: Pass) -> nn.Module:
         """A copy of the model that drops what a pass found dropped."""

@@ -246,7 +246,7 @@ class _Reader:
             rule = UnsupportedRule("shared", "parameters used more than once, whose gradient is a sum over the uses")
         if rule is None:
             return Live(inputs[0], result)
-        check_rule(label, rule, call)
+        check_rule(label, rule, call, module)
         if isinstance(rule, NormRule) and module is not None:
             rule = replace(rule, statistics=self._statistics(label, module, call.operands[0]))
         if isinstance(rule, NormRule | DropoutRule):
@@ -283,7 +283,7 @@ class _Reader:
 
         plain = replace(call, operands=[padded], forward=forward)
         rule = conv_rule(CONVOLUTIONS[ndim - 1].__name__, plain, module.weight, module.bias, **options)
-        check_rule(label, rule, plain)
+        check_rule(label, rule, plain, module)
         self.graph.add(Step(node.name, label, (name,), rule, forward, result.shape))
         return Live(node.name, result)
 

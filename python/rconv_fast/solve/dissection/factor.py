@@ -117,21 +117,42 @@ class _FrontSolve:
         return cls(matrix, r_ee.diagonal(dim1=1, dim2=2).abs())
 
 
-def _backward(x: Tensor, level: _Level, fronts: Sequence[_FrontSolve]) -> None:
-    """``x_E = R_EE^-1 (y_E - R_EB x_B)``, in place; x (n, vectors)."""
-    for front, (own, every) in zip(fronts, level.parts(x[level.eliminated], x[level.index]), strict=True):
-        torch.bmm(front.matrix, every, out=own)
+class _Sweep:
+    """The memory of a solve with some number of vectors, cut once into what each front reads and writes.
 
+    Attributes
+    ----------
+    x : Tensor, shape (n, vectors)
+        What is solved for, in place.
+    """
 
-def _forward(x: Tensor, level: _Level, fronts: Sequence[_FrontSolve]) -> None:
-    """``y_E = R_EE^-T x_E``, then ``x_B -= R_EB^T y_E``, in place; x (n, vectors)."""
-    eliminated, changes = x[level.eliminated], x.new_empty(len(level.index), x.shape[1])
-    for front, (own, every) in zip(fronts, level.parts(eliminated, changes), strict=True):
-        torch.bmm(front.matrix.mT, own, out=every)
-    eliminated.zero_()
-    if x.shape[1] == 1:  # torch adds to a vector much faster than to a column
-        x, changes = x.squeeze(1), changes.squeeze(1)
-    x.index_add_(0, level.index, changes)
+    def __init__(self, levels: Sequence[_Level], fronts: Sequence[_FrontSolve], vectors: int) -> None:
+        like = fronts[0].matrix
+        self.x = like.new_empty(sum(e.stop - e.start for e in (level.eliminated for level in levels)), vectors)
+        left = iter(fronts)
+        self._levels = []
+        for level in levels:
+            own, every = self.x[level.eliminated], like.new_empty(len(level.index), vectors)
+            of_level = itertools.islice(left, len(level.shapes))
+            cut = [(f.matrix, *views) for f, views in zip(of_level, level.parts(own, every), strict=True)]
+            self._levels.append((level.index, own, every, cut))
+
+    def forward(self) -> None:
+        """``y_E = R_EE^-T x_E``, then ``x_B -= R_EB^T y_E``, leaves first."""
+        narrow = self.x.shape[1] == 1  # torch adds to a vector much faster than to a column
+        x = self.x.squeeze(1) if narrow else self.x
+        for index, eliminated, changes, cut in self._levels:
+            for matrix, own, every in cut:
+                torch.bmm(matrix.mT, own, out=every)
+            eliminated.zero_()
+            x.index_add_(0, index, changes.squeeze(1) if narrow else changes)
+
+    def backward(self) -> None:
+        """``x_E = R_EE^-1 (y_E - R_EB x_B)``, the root first."""
+        for index, _, values, cut in reversed(self._levels):
+            torch.index_select(self.x, 0, index, out=values)
+            for matrix, own, every in cut:
+                torch.bmm(matrix, every, out=own)
 
 
 class DissectionFactor:
@@ -233,18 +254,20 @@ class DissectionFactor:
         """``R^-T v``, v of shape (C, *in) or (vectors, C, *in); returned in R's order, (n,) or (n, vectors)."""
         self._require_nonsingular()
         columns = v.reshape(-1, len(self._elimination.order))[:, self._elimination.order]
-        x = columns.to(self._fronts[0].matrix).mT.contiguous()
-        for level, fronts in self._steps:
-            _forward(x, level, fronts)
+        sweep = self._sweep(len(columns))
+        sweep.x.copy_(columns.mT)
+        sweep.forward()
+        x = sweep.x.clone()
         return x if v.ndim > self.geometry.ndim + 1 else x.squeeze(1)
 
     def solve_r(self, y: Tensor) -> Tensor:
         """``R^-1 y``, y in R's order, of shape (n,) or (n, vectors); returned as (C, *in) or (vectors, C, *in)."""
         self._require_nonsingular()
-        x = y.reshape(len(y), -1).clone()
-        for level, fronts in reversed(self._steps):
-            _backward(x, level, fronts)
-        solved = torch.empty_like(x).index_copy_(0, self._elimination.order, x)
+        columns = y.reshape(len(y), -1)
+        sweep = self._sweep(columns.shape[1])
+        sweep.x.copy_(columns)
+        sweep.backward()
+        solved = torch.empty_like(sweep.x).index_copy_(0, self._elimination.order, sweep.x)
         return solved.mT.reshape(*y.shape[1:], self.geometry.in_channels, *self.geometry.input_size)
 
     def _require_nonsingular(self) -> None:
@@ -254,11 +277,15 @@ class DissectionFactor:
                 f"{self._diagonal.numel() - self.n_untouched}; factor with damping > 0"
             )
 
+    def _sweep(self, vectors: int) -> _Sweep:
+        """That of the many solves of an iteration is kept, so a factor serves one thread at a time."""
+        if vectors != 1:
+            return _Sweep(self._elimination.levels, self._fronts, vectors)
+        return self._narrow
+
     @cached_property
-    def _steps(self) -> list[tuple[_Level, list[_FrontSolve]]]:
-        """The fronts of each height, leaves first."""
-        fronts = iter(self._fronts)
-        return [(level, list(itertools.islice(fronts, len(level.shapes)))) for level in self._elimination.levels]
+    def _narrow(self) -> _Sweep:
+        return _Sweep(self._elimination.levels, self._fronts, 1)
 
     @cached_property
     def _diagonal(self) -> Tensor:

@@ -47,13 +47,13 @@ class PhaseStack:
 
     def gather(self, x: Tensor) -> Tensor:
         r"""The phases' unknowns as matrices: (B, C, \*in) -> (m, B*n_positions, C/groups)."""
-        part = x.flatten(2)[:, self.channels, self.places]  # (B, C/groups, m, n_positions)
-        return part.permute(2, 0, 3, 1).flatten(1, 2)
+        part = x.flatten(2)[:, self.channels].index_select(2, self.places.flatten())
+        return part.unflatten(2, self.places.shape).permute(2, 0, 3, 1).flatten(1, 2)
 
     def scatter(self, x: Tensor, values: Tensor) -> None:
         """Write `values` (m, B*n_positions, C/groups) back to the phases' positions of ``x (B, C, *in)``."""
-        part = values.unflatten(1, (len(x), -1)).permute(1, 3, 0, 2)
-        x.view(*x.shape[:2], -1)[:, self.channels, self.places] = part
+        part = values.unflatten(1, (len(x), -1)).permute(1, 3, 0, 2).flatten(2)
+        x.view(*x.shape[:2], -1)[:, self.channels].index_copy_(2, self.places.flatten(), part)
 
 
 def phase_stacks(
@@ -70,9 +70,10 @@ def phase_stacks(
             yield PhaseStack.create(geometry, equal[first : first + together], group, grad_output.device)
 
 
-# On a GPU float64 phases of up to this many unknowns are inverted: a product is one step, a triangular solve takes the
-# rows one after the other. All uses correct what the inverse's rounding leaves, as they do for the factor's.
-MAX_INVERTED = {"cpu": 0, "cuda": 4096}
+# Float64 phases of up to this many unknowns are inverted: a product takes half as long as two triangular solves, and on
+# a GPU is one step where they take the rows one after the other. All uses correct what the inverse's rounding leaves,
+# as they do for the factor's. The inverse takes as long as a dozen solves: on a CPU it is for those who iterate.
+MAX_INVERTED, MAX_INVERTED_FOR_ONE_SOLVE = {"cpu": 1024, "cuda": 4096}, {"cpu": 0, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,10 @@ class PhaseFactor:
     inverted: bool
 
     @classmethod
-    def create(cls, stack: PhaseStack, cholesky: Tensor) -> PhaseFactor:
-        """From the lower Cholesky factors of ``G + shift``."""
-        small = cholesky.shape[-1] <= MAX_INVERTED.get(cholesky.device.type, 0)
+    def create(cls, stack: PhaseStack, cholesky: Tensor, *, iterated: bool = False) -> PhaseFactor:
+        """From the lower Cholesky factors of ``G + shift``; whether more than a few solves will be `iterated`."""
+        largest = MAX_INVERTED if iterated else MAX_INVERTED_FOR_ONE_SOLVE
+        small = cholesky.shape[-1] <= largest.get(cholesky.device.type, 0)
         inverted = small and cholesky.dtype == torch.float64
         return cls(stack, torch.cholesky_inverse(cholesky) if inverted else cholesky, inverted)
 
@@ -140,7 +142,7 @@ class GramFactor:
                 factor, info = torch.linalg.cholesky_ex(gram if dtype is None else gram.to(dtype))
                 if bool(info.any()):  # synchronize!
                     return None
-                factors.append(PhaseFactor.create(stack, factor))
+                factors.append(PhaseFactor.create(stack, factor, iterated=True))
         return cls(tuple(factors))
 
     def solve(self, v: Tensor) -> Tensor:
