@@ -18,7 +18,7 @@ from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome, head_candidates
 from rconv_fast.heads.tokens import token_ids
 from rconv_fast.local_steps import to_middle_weights, what_steps_mean
-from rconv_fast.losses import Loss
+from rconv_fast.losses import Linear, Loss
 from rconv_fast.observation import Match, Noise, Observation
 from rconv_fast.polish import polish
 from rconv_fast.progress import Event, progress_callback
@@ -273,7 +273,7 @@ def _answer(
 
     A sample that occurs m times is solved for once, with m times its gradient: the equations are the same.
     """
-    observation, targets = replace(request.observation, scale=head.scale), head.labels
+    observation = replace(request.observation, scale=head.scale)
     ones = torch.ones_like(head.multiplicities)  # in training mode every copy counts in the statistics
     times = ones if single.in_training else head.multiplicities
     first, index = _distinct(times)
@@ -283,10 +283,12 @@ def _answer(
     options = Options(observation.precision, request.prior, request.budget, report, observation.noise)
     bar = match_bar(observation.precision)
 
+    seen, by = _certificate(observation, graph, head)
+
     def compare(passed: Pass) -> Match:
         whole = passed.repeated(index)
         model = request.masked(request.working_model, graph, whole)
-        return observation.compare(model, whole.values[graph.input], targets)
+        return seen.compare(model, whole.values[graph.input], by)
 
     whole = batch_size in (None, len(head.labels))  # else no answer can match all gradients
     if whole and request.is_loud and not request.is_rounding:  # no equation holds exactly: the estimate goes first
@@ -298,7 +300,7 @@ def _answer(
     found = recover(graph, grad_logits, known, options, compare, bar)
     found = replace(found, passed=found.passed.repeated(index))
     try:
-        found, interrupted = _polished(request, graph, found, targets, observation, report), False
+        found, interrupted = _polished(request, graph, found, by, seen, report), False
     except KeyboardInterrupt:
         interrupted = True
     match = found.match
@@ -312,6 +314,18 @@ def _answer(
     answer = Answer(head, graph, found.passed, match, good, request.is_loud, interrupted)
     noisy = whole and bool(observation.noise) and not interrupted
     return _kept(answer, lambda: _estimated(request, answer, observation, report)) if noisy else answer
+
+
+def _certificate(observation: Observation, graph: Graph, head: HeadCandidate) -> tuple[Observation, Tensor]:
+    """What the gradients of a candidate are compared by, and the targets of that.
+
+    A well classified sample's ``softmax - 1`` has lost its digits in the client's arithmetic. All layers saw that very
+    delta, and where the gradient of the bias shows it they are compared by it: that it is the softmax's, as far as the
+    client's digits go, is what the head's reading is complete for.
+    """
+    if head.seen and set(graph.wrappers) <= {"log_softmax"}:
+        return replace(observation, loss=Linear(), scale=1.0), head.grad_logits
+    return observation, head.labels
 
 
 def _estimated(request: Request, answer: Answer, observation: Observation, report: Callable[[Event], None]) -> Answer:

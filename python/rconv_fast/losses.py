@@ -109,6 +109,19 @@ class Loss:
                 return lambda o, t: F.mse_loss(o, t, reduction=self.reduction)
 
 
+class Linear(Loss):
+    """``<delta, outputs>`` with delta in the place of targets: what a loss is to the layers once delta is known."""
+
+    @property
+    def takes_labels(self) -> bool:
+        """It takes delta."""
+        return False
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The inner product."""
+        return (outputs * targets.to(outputs)).sum()
+
+
 def _nll(outputs: Tensor, targets: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """``nll_loss``, which takes distributions as targets as well, as ``cross_entropy`` does."""
     if not targets.is_floating_point():

@@ -82,7 +82,8 @@ class Inversion:
     layers : list of LayerReport
         One entry a solved layer, in the order they were solved (last layer first).
     gradient_residual : float
-        Relative mismatch of all gradients when the model is run on `inputs` and `labels`.
+        Relative mismatch of all gradients when the model is run on `inputs` and `labels`; of one sample whose bias
+        gradient shows the gradient of the logits, back-propagated from that.
     noise_ratio : float
         The same in units of the noise: 1 is what a true answer has.
     determined : Tensor or None

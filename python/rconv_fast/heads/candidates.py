@@ -50,6 +50,8 @@ class HeadCandidate:
         Predicted relative error of the last layer's input under the noise, where it was computed.
     notes : tuple of str
         What a reader must know.
+    seen : bool
+        Whether `grad_logits` is what the client computed, to the last bit.
     """
 
     grad_logits: Tensor
@@ -62,6 +64,7 @@ class HeadCandidate:
     scale: float = 1.0
     errors: Tensor | None = None
     notes: tuple[str, ...] = ()
+    seen: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,7 @@ def _candidate(values: Mapping[str, Tensor], found: HeadSeparation, notes: Seque
         scale=found.scale,
         errors=None if found.errors is None else found.errors[index],
         notes=tuple(notes),
+        seen=found.seen,
     )
 
 

@@ -53,6 +53,8 @@ class HeadSeparation:
         Predicted relative error of each sample's features under the noise, where it was computed.
     grad_preactivation : Tensor, shape (m, n_1), or None
         Gradient at the pre-activation of the first layer, where a stack of layers was separated.
+    seen : bool
+        Whether `grad_logits` is what the client computed, to the last bit, and not what its softmax should be.
     """
 
     inputs: Tensor
@@ -69,6 +71,7 @@ class HeadSeparation:
     scale: float = 1.0
     errors: Tensor | None = None
     grad_preactivation: Tensor | None = None
+    seen: bool = False
 
     def to(self, dtype: torch.dtype) -> HeadSeparation:
         """The same with values of another dtype."""

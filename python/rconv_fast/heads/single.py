@@ -80,8 +80,9 @@ def single_sample(head: Head, expected: int | None, given: Tensor | None) -> Hea
     if spare <= 0 and expected != 1:
         reason = reason or NOTHING_LEFT
     return HeadSeparation(
-        x[None], target, delta[None], certificate, times, one, not reason, mixed, 1, reason, spare=spare, scale=scale
-    )
+        x[None], target, delta[None], certificate, times, one, not reason, mixed, 1, reason, spare=spare, scale=scale,
+        seen=True,
+    )  # fmt: skip
 
 
 def _pull(head: Head, label: Tensor) -> float:

@@ -28,6 +28,9 @@ FLOOR = 0.05
 MOST = 30.0
 # Misfit from which the pattern is worth a tight solve.
 GATE = 1e-3
+# A certified pattern that misses more than this share of the tolerance may yet have a position wrong whose value is
+# nearly the maximum: the alternation goes on until its pattern stays.
+CLEAR = 0.03
 # The alternation gives up after a schedule's patience of iterations that do not gain a tenth.
 GAIN = 0.9
 SMALLEST_SIGMA = 1e-15
@@ -115,8 +118,8 @@ def _alternated(problem: Problem, schedule: Schedule, budget: Budget, start: Ten
     """Where it ends, and the iterations it takes."""
     solver, ridge = solver_of(problem.front), SMOOTH if problem.front.image else SMALL
     state = _State(start, ridge if start is None else NEARLY_NONE * ridge)
-    refuted: Tensor | None = None
-    certified = None
+    tried: Tensor | None = None
+    certified: Fit | None = None
     for _ in range(schedule.iterations):
         look = _Look.at(problem, _step(problem, solver, schedule, state))
         state.ridge *= schedule.decay
@@ -124,13 +127,20 @@ def _alternated(problem: Problem, schedule: Schedule, budget: Budget, start: Ten
             look = _back_from(problem, state.x, look, state.history[-1])
         state.x = look.x
         state.history.append(look.last)
-        if look.worst < max(GATE, problem.tolerance) and (refuted is None or not torch.equal(look.pattern, refuted)):
-            certified = certify(problem, look.pattern, look.x)
-            refuted = look.pattern
-        if certified is not None or budget.spent or _stalled(state.history, schedule.patience):
+        again = tried is not None and torch.equal(look.pattern, tried)
+        if look.worst < max(GATE, problem.tolerance) and not again:
+            certified = _nearer(certify(problem, look.pattern, look.x), certified)
+            tried = look.pattern
+        settled = certified is not None and (again or certified.misfit <= CLEAR * problem.tolerance)
+        if settled or budget.spent or _stalled(state.history, schedule.patience):
             break
     fit = unproven(problem, look.x) if certified is None else _weighted(problem, solver, schedule, certified)
     return fit, len(state.history)
+
+
+def _nearer(fit: Fit | None, other: Fit | None) -> Fit | None:
+    """The one that misses less."""
+    return other if fit is None or (other is not None and other.misfit <= fit.misfit) else fit
 
 
 def kicked(problem: Problem, schedule: Schedule, budget: Budget, stuck: Fit) -> Attempt:

@@ -102,4 +102,3 @@ def contracts(system: System, preconditioner: Callable[[Tensor], Tensor]) -> boo
         if not left < norm([w]):
             return False
     return False
-    return False

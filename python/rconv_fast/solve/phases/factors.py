@@ -48,7 +48,7 @@ class PhaseStack:
     def gather(self, x: Tensor) -> Tensor:
         r"""The phases' unknowns as matrices: (B, C, \*in) -> (m, B*n_positions, C/groups)."""
         part = x.flatten(2)[:, self.channels].index_select(2, self.places.flatten())
-        return part.unflatten(2, self.places.shape).permute(2, 0, 3, 1).flatten(1, 2)
+        return part.view(*part.shape[:2], *self.places.shape).permute(2, 0, 3, 1).flatten(1, 2)
 
     def scatter(self, x: Tensor, values: Tensor) -> None:
         """Write `values` (m, B*n_positions, C/groups) back to the phases' positions of ``x (B, C, *in)``."""
