@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.losses import Loss
+from rconv_fast.observation import Observation
 from rconv_fast.polish import _step, polish
 
 LABELS = torch.tensor([3])
@@ -95,3 +96,12 @@ def test_a_model_that_cannot_be_differentiated_again_is_left_as_it_is() -> None:
     model, x = network(Once()), torch.rand(1, 2, 8, 8, dtype=torch.float64)
     near = x + 1e-4 * torch.randn_like(x)
     assert torch.equal(polish(problem_of(model, gradients_at(model, x), LABELS), near, 1e-12), near)
+
+
+def test_what_rounding_left_of_terms_that_cancel_has_no_weight() -> None:
+    gradients = {"weight": torch.ones(4, dtype=torch.float64), "bias": torch.full((2,), 1e-16, dtype=torch.float64)}
+    observation = Observation(gradients, Loss())
+    assert float(observation.sigma("weight")) == pytest.approx(2.0**-53)
+    assert 1e-16 < float(observation.sigma("bias")) < 1e-14
+    smaller = Observation(gradients | {"bias": gradients["bias"] * 1e6}, Loss())
+    assert float(smaller.sigma("bias")) == pytest.approx(2.0**-53 * 1e-10)

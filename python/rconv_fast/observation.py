@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from rconv_fast.losses import Loss, logits_in
-from rconv_fast.on_demand import TOGETHER
+from rconv_fast.on_demand import TOGETHER, root_mean_square
 
 Noise = Mapping[str, "float | Tensor"]
+
+# A gradient smaller than this many roundings of the largest is what rounding left of terms that cancel, as those of a
+# bias in front of a batch norm do: its own size says nothing of its noise.
+CANCELLED = 10.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,27 @@ class Match:
 
 
 @dataclass(frozen=True)
+class _Miss:
+    """Sums of squares over some entries: of the mismatch, of what was seen, of the mismatch in units of the noise."""
+
+    miss2: float = 0.0
+    seen2: float = 0.0
+    chi2: float = 0.0
+    entries: int = 0
+
+    def __add__(self, other: _Miss) -> _Miss:
+        return _Miss(
+            self.miss2 + other.miss2, self.seen2 + other.seen2, self.chi2 + other.chi2, self.entries + other.entries
+        )
+
+    @property
+    def match(self) -> Match:
+        relative = math.sqrt(self.miss2 / self.seen2) if math.isfinite(self.miss2) and self.seen2 > 0 else math.inf
+        ratio = math.sqrt(self.chi2 / max(self.entries, 1)) if math.isfinite(self.chi2) else math.inf
+        return Match(relative, ratio, self.chi2, self.entries)
+
+
+@dataclass(frozen=True)
 class Observation:
     """The gradients of one step in working precision, their noise, and the loss they belong to.
 
@@ -154,43 +180,73 @@ class Observation:
         return 1.0 if self.scale is None else self.scale
 
     def compare(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Match:
-        """Run the model on a candidate and compare all gradients, in float64."""
-        found = self.gradients_at(model, inputs, targets)
-        miss2 = seen2 = chi2 = 0.0
-        entries = 0
-        for name, seen in self.gradients.items():
-            sigma = self.sigma(name).double().clamp_min(torch.finfo(torch.float64).tiny)  # 0 / 0 is no mismatch
-            noise = sigma.reshape(-1).split(TOGETHER) if sigma.numel() == seen.numel() else itertools.repeat(sigma)
-            parts = (found[name].reshape(-1).split(TOGETHER), seen.reshape(-1).split(TOGETHER))
-            for other, own, deviation in zip(*parts, noise, strict=False):
-                difference = (other - own).double()
-                miss2 += float(difference.square().sum())
-                seen2 += float(own.double().square().sum())
-                chi2 += float((difference / deviation).square().sum())
-                entries += int(torch.count_nonzero((own != 0) | (other != 0)))
-        relative = math.sqrt(miss2 / seen2) if math.isfinite(miss2) and seen2 > 0 else math.inf
-        ratio = math.sqrt(chi2 / max(entries, 1)) if math.isfinite(chi2) else math.inf
-        return Match(relative, ratio, chi2, entries)
+        """Run the model on a candidate and compare all gradients, in float64, one after the other."""
+        missed: dict[str, _Miss] = {}
+
+        def look(name: str, found: Tensor) -> None:
+            missed[name] = self._miss(name, found)
+
+        self._visit(model, inputs, targets, look)
+        for name in self.gradients.keys() - missed.keys():
+            look(name, torch.zeros_like(self.gradients[name]))
+        return sum(missed.values(), _Miss()).match
+
+    def _miss(self, name: str, found: Tensor) -> _Miss:
+        seen = self.gradients[name]
+        sigma = self.sigma(name).double().clamp_min(torch.finfo(torch.float64).tiny)  # 0 / 0 is no mismatch
+        noise = sigma.reshape(-1).split(TOGETHER) if sigma.numel() == seen.numel() else itertools.repeat(sigma)
+        total = _Miss()
+        parts = (found.reshape(-1).split(TOGETHER), seen.reshape(-1).split(TOGETHER))
+        for other, own, deviation in zip(*parts, noise, strict=False):
+            difference = (other - own).double()
+            total += _Miss(
+                float(difference.square().sum()),
+                float(own.double().square().sum()),
+                float((difference / deviation).square().sum()),
+                int(torch.count_nonzero((own != 0) | (other != 0))),
+            )
+        return total
 
     def gradients_at(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Gradients of the scaled loss at a candidate, by name; zeros for parameters it does not reach.
 
         A model in training mode is left with the running statistics it had.
         """
+        found: dict[str, Tensor] = {}
+        self._visit(model, inputs, targets, found.__setitem__)
+        parameters = {name: p for name, p in model.named_parameters() if name in self.gradients}
+        return {name: found[name] if name in found else torch.zeros_like(p) for name, p in parameters.items()}
+
+    def _visit(self, model: nn.Module, inputs: Tensor, targets: Tensor, visit: Callable[[str, Tensor], None]) -> None:
+        """Show the gradient of every parameter that the loss reaches as soon as it is there; none is kept."""
         parameters = {name: p for name, p in model.named_parameters() if name in self.gradients}
         buffers = [(b, b.clone()) for b in model.buffers()]
-        with torch.enable_grad():
-            for p in parameters.values():
-                p.requires_grad_(True)
-            value = self.factor * self.loss(logits_in(model(inputs)), targets)
-            found = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+
+        def shown(name: str) -> Callable[[Tensor], None]:
+            def show(p: Tensor) -> None:
+                gradient, p.grad = p.grad, None
+                assert gradient is not None
+                visit(name, gradient)
+
+            return show
+
+        for p in parameters.values():
+            p.requires_grad_(True)
+        handles = [p.register_post_accumulate_grad_hook(shown(name)) for name, p in parameters.items()]
+        try:
+            with torch.enable_grad():
+                value = self.factor * self.loss(logits_in(model(inputs)), targets)
+                value.backward(inputs=list(parameters.values()))
+        finally:
+            for handle in handles:
+                handle.remove()
         for buffer, before in buffers:
             if not torch.equal(buffer, before):  # in evaluation mode a graph of another run may hold it
                 buffer.copy_(before)
-        return {
-            name: torch.zeros_like(p) if g is None else g.detach()
-            for (name, p), g in zip(parameters.items(), found, strict=True)
-        }
+
+    @cached_property
+    def _largest(self) -> float:
+        return max(root_mean_square(g) for g in self.gradients.values())
 
     def sigma(self, name: str) -> Tensor:
         """Standard deviation of the entries of one gradient, broadcastable to it; the rounding where none is stated."""
@@ -199,5 +255,6 @@ class Observation:
             return given.double()
         seen = self.gradients[name]
         if given is None:
-            given = self.rounding * float(seen.double().square().mean().sqrt())
+            size, rest = root_mean_square(seen), CANCELLED * self.precision * self._largest
+            given = self.rounding * size if size > rest else rest
         return torch.as_tensor(given, dtype=torch.float64, device=seen.device)

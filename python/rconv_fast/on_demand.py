@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
@@ -38,3 +39,8 @@ class OnDemand(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def root_mean_square(g: Tensor) -> float:
+    """Of the entries, in float64 part by part."""
+    return math.sqrt(sum(float(p.double().square().sum()) for p in g.reshape(-1).split(TOGETHER)) / max(g.numel(), 1))

@@ -98,14 +98,17 @@ class Request:
 
     @cached_property
     def client(self) -> nn.Module | None:
-        """A copy in the precision the client computed in; None where that is the working precision."""
-        return working_copy(self.model, torch.float32) if dtype_of(self.model) == torch.float32 else None
+        """The model in the precision the client computed in; None where that is the working precision."""
+        return self._in(torch.float32) if dtype_of(self.model) == torch.float32 else None
 
     @cached_property
     def working_model(self) -> nn.Module:
         """The model in working precision, to run candidates through."""
-        same = all(x.dtype == self.dtype for x in self.model.parameters())
-        return self.model if same else working_copy(self.model, self.dtype)
+        return self._in(self.dtype)
+
+    def _in(self, dtype: torch.dtype) -> nn.Module:
+        same = all(x.dtype == dtype for x in self.model.parameters())
+        return self.model if same else working_copy(self.model, dtype)
 
     def masked(self, model: nn.Module, graph: Graph, passed: Pass) -> nn.Module:
         """A copy of the model that drops what a pass found dropped."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rconv_fast.containers import read_tensor
 from rconv_fast.errors import require, require_number, require_type
 from rconv_fast.observation import Noise, Observation, SharedGradients
-from rconv_fast.on_demand import TOGETHER, OnDemand
+from rconv_fast.on_demand import TOGETHER, OnDemand, root_mean_square
 from rconv_fast.rounding import rounded_to
 from rconv_fast.updates import UNIFORM, spacing
 
@@ -60,7 +60,7 @@ def noise_of(
     if not isinstance(given, Mapping):
         require_number("invert", "noise", given)
         require(0 <= given < math.inf, "invert", "noise", "be finite and >= 0", given)
-        given = {name: given * _rms(g) for name, g in gradients.items()}
+        given = {name: given * root_mean_square(g) for name, g in gradients.items()}
     stated: dict[str, Tensor] = {}
     for name, g in gradients.items():
         sigma = read_tensor("invert", f"noise[{name!r}]", given.get(name, 0.0)).to(g.device)
@@ -127,13 +127,9 @@ def _rounding(g: Tensor, arithmetic: torch.dtype) -> Tensor:
     """Of the values themselves and of the arithmetic that made them."""
     # float16 and bfloat16 are what gradients are stored in; they are computed in float32.
     computed = torch.float64 if arithmetic == torch.float64 else torch.float32
-    shared = BACKPROPAGATION * torch.finfo(computed).eps / 2 * _rms(g)
+    shared = BACKPROPAGATION * torch.finfo(computed).eps / 2 * root_mean_square(g)
     own = torch.as_tensor(shared, dtype=torch.float64)
     noise = torch.empty_like(g, dtype=torch.float64, memory_format=torch.contiguous_format)
     for part, values in zip(noise.view(-1).split(TOGETHER), g.reshape(-1).split(TOGETHER), strict=True):
         part.copy_(torch.hypot(spacing(values.double(), arithmetic) / UNIFORM, own))
     return noise
-
-
-def _rms(g: Tensor) -> float:
-    return math.sqrt(sum(float(p.double().square().sum()) for p in g.reshape(-1).split(TOGETHER)) / max(g.numel(), 1))
