@@ -13,7 +13,8 @@ from bench import Rate, Target
 from leaks import Leak, judge, leak, ours
 
 EPOCHS = (0, 1, 5)
-N_DIGITS = 12
+N_DIGITS = 20
+NETWORKS = ("relu", "leaky_relu", "mlp")
 
 
 @lru_cache
@@ -23,15 +24,25 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(found.images / 16)[:, None], torch.from_numpy(found.target).long()
 
 
-@lru_cache
-def network(epochs: int, activation: str) -> nn.Sequential:
-    """Two convolutions, trained by SGD in float64 on all digits but the last hundred."""
+def convolutions(activation: str) -> nn.Sequential:
     act = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}[activation]
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, 1, 1), act(), nn.Conv2d(32, 64, 3, 2, 1), act(), nn.Flatten(), nn.Linear(64 * 16, 10)
+    )
+
+
+def perceptron() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+
+
+@lru_cache
+def network(epochs: int, kind: str) -> nn.Sequential:
+    """Convolutions with an activation, or an MLP; trained by SGD in float64 on all digits but the last hundred."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(1, 32, 3, 1, 1), act(), nn.Conv2d(32, 64, 3, 2, 1), act(), nn.Flatten(), nn.Linear(64 * 16, 10)
-        ).double()
+        model = (perceptron() if kind == "mlp" else convolutions(kind)).double()
     x, y = digits()
     generator = torch.Generator().manual_seed(0)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -44,22 +55,22 @@ def network(epochs: int, activation: str) -> nn.Sequential:
     return model
 
 
-def attacked(epochs: int, activation: str, index: int, target: Target) -> Leak:
+def attacked(epochs: int, kind: str, index: int, target: Target) -> Leak:
     """The gradient of one digit that was not trained on, back-propagated in the precision of the target."""
     x, y = digits()
     one = slice(len(x) - 1 - index, len(x) - index)
-    return leak(deepcopy(network(epochs, activation)), x[one], y[one], target, arithmetic=target.dtype)
+    return leak(deepcopy(network(epochs, kind)), x[one], y[one], target, arithmetic=target.dtype)
 
 
 def entries(target: Target) -> list[Rate]:
     return [
         Rate(
-            f"trained/digits-{activation}/{epochs}-epochs/{target.name}",
-            {f"digit {i}": partial(attacked, epochs, activation, i, target) for i in range(N_DIGITS)},
+            f"trained/digits-{kind}/{epochs}-epochs/{target.name}",
+            {f"digit {i}": partial(attacked, epochs, kind, i, target) for i in range(N_DIGITS)},
             ours,
             judge,
-            quick=epochs == 0 and activation == "relu",
+            quick=epochs == 0 and kind == "relu",
         )
-        for activation in ("relu", "leaky_relu")
+        for kind in NETWORKS
         for epochs in EPOCHS
     ]
