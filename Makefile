@@ -10,6 +10,8 @@ DRY_RUN ?=
 OFFLINE ?=
 # Threads that wait sleep: beside another process, spinning ones made the demo take 30 s instead of 1 on two cores.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests are many small systems, which a second thread slows down: 611 s with two on two cores, 306 s with one.
+test simulated-gpu frameworks nightly: export OMP_NUM_THREADS ?= 1
 
 BIN := .venv/bin
 CUDA_SITE := build/cuda
