@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks import Attack, assert_recovered, attack, photo
-from rconv_fast import rank_analysis
+from attacks import Attack, assert_recovered, attack, gradients_of, photo
+from rconv_fast import defenses, invert, rank_analysis
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
 from rconv_fast.patterns.alternation import GENTLE, MERGED, SHARP
@@ -187,3 +187,12 @@ def test_rules_read_the_pieces_of_a_forward_run() -> None:
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(F.max_pool2d(leaf, 3, 2, 1), leaf, grad)
     assert torch.equal(pool.at(index).pull_gradient(grad, value, 0, x.shape), expected)
+
+
+@pytest.mark.parametrize("noise", [0.3, 5.0])
+def test_noise_as_loud_as_the_gradients_certifies_no_pattern(noise: float) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 24, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(24 * 16, 10)).double()
+    x, y = photo(8, channels=1), torch.tensor([1])
+    shared = defenses.gaussian(gradients_of(model, x, y), noise, relative=True)
+    found = invert(model, shared, x.shape[1:], batch_size=1, labels=[1], time_limit=20)
+    assert not found.verified

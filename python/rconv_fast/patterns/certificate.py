@@ -37,7 +37,7 @@ def certify(problem: Problem, pattern: Tensor, x: Tensor) -> Fit | None:
     """
     system = problem.system(problem.hidden.tight(pattern), x)
     spare = system.count - system.unknowns
-    if spare <= 0 or problem.tolerance**spare > CHANCE:
+    if spare <= 0 or spare * math.log(problem.tolerance) > math.log(CHANCE):
         return None
     solution = solve(system)
     if not bool(solution.determined.all()):
