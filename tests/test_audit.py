@@ -18,6 +18,7 @@ from networks import Drawn, draw
 from rconv_fast import Inversion, defenses, invert
 from rconv_fast.audit import AuditReport, audit
 from rconv_fast.audit.attempt import attempt, nearness
+from rconv_fast.audit.batches import LARGEST_TRIED, LargestBatch, tried_batch
 from rconv_fast.audit.defences import defence_table, to_markdown
 from rconv_fast.audit.leak_map import leak_picture
 from rconv_fast.audit.privacy import PrivacyRow
@@ -390,3 +391,26 @@ class Tokens(nn.Module):
 
 def test_model_that_takes_tokens_is_judged() -> None:
     assert audit(Tokens().double(), (10,)).verdict in ("not covered", "features only")
+
+
+@pytest.mark.parametrize(
+    ("counted", "limit", "size", "said"),
+    [
+        (4, 4, 4, "batches of 4 were recovered whole, of 5 not"),
+        (4, 2, 2, "batches of 2 were recovered whole, of 3 not"),
+        (4, 7, 7, "batches of 7 were recovered whole, of 8 not"),
+        (4, 99, LARGEST_TRIED, "more than 32 were not tried"),
+        (40, 99, 40, "more than 32 are not tried"),
+    ],
+)
+def test_the_largest_batch_says_what_was_tried_and_no_more(counted: int, limit: int, size: int, said: str) -> None:
+    tried: list[int] = []
+
+    def whole(batch: int) -> bool:
+        tried.append(batch)
+        return batch <= limit
+
+    found = tried_batch(LargestBatch(counted, counted), 1, whole)
+    assert (found.size, found.counted) == (size, counted)
+    assert said in found.sentence
+    assert max(tried, default=0) <= LARGEST_TRIED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rconv_fast.audit.finding import Finding
 from rconv_fast.audit.rank import Measured, count_layers
@@ -25,20 +25,20 @@ class LargestBatch:
         The largest batch recovered whole: as tried, else by the count.
     counted : int
         The largest batch whose every layer is determined by the count of equations.
-    tried : bool
+    sentence : str
+        How it is known.
     """
 
     size: int
     counted: int
-    tried: bool = False
+    sentence: str = "the largest batch is what the count of equations allows; it was not tried (run=True)"
 
-    @property
-    def sentence(self) -> str:
-        """How it is known."""
-        if not self.tried:
-            return "the largest batch is what the count of equations allows; it was not tried (run=True)"
-        said = f"most of three made-up batches of {self.size} were recovered whole, of {self.size + 1} not"
-        return f"the largest batch is what was tried: {said}; the count of equations allows {self.counted}"
+    def as_tried(self, size: int, *, more_failed: bool) -> LargestBatch:
+        """The same once a size was recovered, and one more failed or was not tried."""
+        more = f"of {size + 1} not" if more_failed else f"more than {LARGEST_TRIED} were not tried"
+        said = f"most of three made-up batches of {size} were recovered whole, {more}"
+        counted = f"the count of equations allows {self.counted}"
+        return replace(self, size=size, sentence=f"the largest batch is what was tried: {said}; {counted}")
 
 
 def counted_batch(graph: Graph, measured: Measured, loss: str, finding: Finding, batch_size: int) -> LargestBatch:
@@ -78,12 +78,15 @@ def tried_batch(counted: LargestBatch, known: int, whole: Callable[[int], bool])
     """
     size = counted.size
     if size > LARGEST_TRIED:
-        return counted
+        sentence = f"the largest batch is what the count of equations allows; more than {LARGEST_TRIED} are not tried"
+        return replace(counted, sentence=sentence)
     if not whole(size):
-        return LargestBatch(bisect(whole, known, size), counted.counted, True)
-    while size < LARGEST_TRIED and whole(size + 1):
-        size += 1
-    return LargestBatch(size, counted.counted, True)
+        return counted.as_tried(bisect(whole, known, size), more_failed=True)
+    more_failed = False
+    while size < LARGEST_TRIED and not more_failed:
+        more_failed = not whole(size + 1)
+        size += not more_failed
+    return counted.as_tried(size, more_failed=more_failed)
 
 
 def bisect(condition: Callable[[int], bool], low: int, high: int) -> int:

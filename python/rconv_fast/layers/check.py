@@ -9,14 +9,14 @@ from rconv_fast.errors import RconvError
 from rconv_fast.layers.base import Rule, UnsupportedRule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.knowledge import Knowledge
-from rconv_fast.layers.registry import Call
+from rconv_fast.layers.registry import Call, builder_of
 
 # A rule is the same formula at every size: layers above this many values are not run twice to check it.
 LARGEST = 2**16
 # Relative; torch's own backward formulas have constants in single precision (Hardsigmoid), no wrong rule is this near.
 TOLERANCE = 1e-6
 
-# What was found to agree in this process: checks depend on nothing else, for weights and values are random.
+# What was found to agree in this process.
 _AGREED: set[tuple[object, ...]] = set()
 
 
@@ -63,11 +63,15 @@ def check_rule(label: str, rule: Rule, call: Call, layer: nn.Module | None = Non
 
 
 def _settings(rule: Rule, call: Call, layer: nn.Module | None) -> tuple[object, ...] | None:
-    """All that the formulas of a layer of torch's own depend on; None for others."""
-    if layer is None or not type(layer).__module__.startswith("torch.nn."):
+    """All that the formulas of a layer of torch's own depend on; None for others.
+
+    A convolution's are the same for all weights. Those of other layers with parameters may depend on their values.
+    """
+    own = layer is not None and type(layer).__module__.startswith("torch.nn.")
+    if layer is None or not own or not (isinstance(rule, ConvRule) or not any(True for _ in layer.parameters())):
         return None
     sizes = tuple((x.shape, x.dtype, x.device) for x in call.operands)
-    return type(rule), type(layer), repr(layer), layer.training, sizes
+    return type(rule), builder_of(layer), type(layer), repr(layer), layer.training, sizes
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -134,10 +134,11 @@ def register_rule(layer: type[nn.Module], build: Builder) -> None:
 
 def is_registered(module: nn.Module) -> bool:
     """Whether a module's class, or one whose forward it keeps, has a rule."""
-    return _builder_of(module) is not None
+    return builder_of(module) is not None
 
 
-def _builder_of(module: nn.Module) -> Builder | None:
+def builder_of(module: nn.Module) -> Builder | None:
+    """What makes the rule of a module's class, or of one whose forward it keeps; None where nothing is registered."""
     for base in type(module).__mro__:
         if base in _BUILDERS:
             return _BUILDERS[base] if type(module).forward is base.forward else None
@@ -146,7 +147,7 @@ def _builder_of(module: nn.Module) -> Builder | None:
 
 def module_rule(module: nn.Module, call: Call) -> Rule | None:
     """The rule of a module; None for one that leaves its input as it is."""
-    build = _builder_of(module)
+    build = builder_of(module)
     return build(module, call) if build is not None else _activation_rule(module, call)
 
 
