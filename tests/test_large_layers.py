@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -16,13 +19,13 @@ from rconv_fast.solve.phases import solve as phases
 
 def test_tensors_on_demand_are_made_when_asked_for_and_small_ones_once() -> None:
     made: list[str] = []
-    sizes = {"small": 4, "large": KEPT + 1}
+    shapes = {"small": torch.Size((2, 2)), "large": torch.Size((KEPT + 1,))}
 
-    def make(name: str) -> torch.Tensor:
+    def make(name: str, places: slice) -> torch.Tensor:
         made.append(name)
-        return torch.zeros(sizes[name])
+        return torch.zeros(shapes[name].numel())[places]
 
-    tensors = OnDemand(sizes, make)
+    tensors = OnDemand(shapes, make)
     assert list(tensors) == ["small", "large"]
     assert "other" not in tensors
     assert not made
@@ -30,6 +33,9 @@ def test_tensors_on_demand_are_made_when_asked_for_and_small_ones_once() -> None
         assert tensors["small"].numel() == 4
         assert tensors["large"].numel() == KEPT + 1
     assert made == ["small", "large", "large"]
+    assert tensors["small"].shape == (2, 2)
+    assert tensors.part("small", slice(1, 3)).shape == tensors.part("large", slice(1, 3)).shape == (2,)
+    assert made == ["small", "large", "large", "large"]
     with pytest.raises(KeyError):
         tensors["other"]
 
@@ -59,3 +65,38 @@ def test_layers_solved_in_parts_are_solved_as_one(batch: int, monkeypatch: pytes
     for one, other in zip(parts.layers, whole.layers, strict=True):
         assert (one.rows, one.rank, one.proof) == (other.rows, other.rank, other.proof)
         assert one.residual == pytest.approx(other.residual, rel=100, abs=1e-13)
+
+
+# Prints the peak above what the caller holds, the model's size and that of the largest layer in float64, in bytes.
+# The small model first: what is imported on the way is no part of it.
+MEASURED = """
+import resource
+import torch
+from torch import nn
+import rconv_fast
+
+
+def attack(*sizes):
+    layers = [nn.Flatten()]
+    for size, next_size in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(size, next_size), nn.ReLU()]
+    model = nn.Sequential(*layers[:-1])
+    loss = nn.functional.cross_entropy(model(torch.rand(1, sizes[0])), torch.tensor([3]))
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    before = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert rconv_fast.invert(model, list(gradients), (sizes[0],)).verified
+    after = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parameters = [p.numel() for p in model.parameters()]
+    return after - before, 4 * sum(parameters), 8 * max(parameters)
+
+
+torch.manual_seed(0)
+attack(48, 24, 10)
+print(*attack(3072, 4096, 3200, 10))
+"""
+
+
+def test_memory_is_three_times_the_model_and_its_largest_layer_at_most() -> None:
+    found = subprocess.run([sys.executable, "-c", MEASURED], check=True, capture_output=True, text=True)
+    peak, model, layer = map(int, found.stdout.split())
+    assert peak <= 3 * model + layer

@@ -16,7 +16,7 @@ from rconv_fast.errors import ArgumentError, ArgumentTypeError
 from rconv_fast.observation import SharedGradients
 from rconv_fast.received import read_gradients
 from rconv_fast.updates import gradients_from_update
-from rconv_fast.wrappers import plain_parameters, unwrap, working_copy
+from rconv_fast.wrappers import plain_parameters, reading_copy, unwrap, working_copy
 
 
 class Keeper(nn.Module):
@@ -218,3 +218,18 @@ def test_bad_gradients_are_one_line(gradients: Any, kind: type[Exception], messa
     assert str(caught.value).startswith("f: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_reading_copy_shares_the_weights_and_nothing_that_a_run_changes() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
+    twin = reading_copy(model, torch.float32)
+    assert twin[0].weight.data_ptr() == model[0].weight.data_ptr()
+    twin[0].weight.requires_grad_(False)
+    assert model[0].weight.requires_grad
+    before = model[1].running_mean.clone()
+    twin(torch.rand(5, 3)).sum()
+    assert torch.equal(model[1].running_mean, before)
+    assert not torch.equal(twin[1].running_mean, before)
+    torch.testing.assert_close(twin[2].weight, model[2].weight)
+    other = reading_copy(model, torch.float64)
+    assert other[0].weight.dtype == torch.float64

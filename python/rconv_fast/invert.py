@@ -31,7 +31,7 @@ from rconv_fast.walk.found import INTERRUPTED, Known, Options, Pass
 from rconv_fast.walk.graph import Graph
 from rconv_fast.walk.report import LayerReport
 from rconv_fast.walk.search import Found, only_input_open, recover
-from rconv_fast.wrappers import working_copy
+from rconv_fast.wrappers import reading_copy, working_copy
 
 # Gradient matching helps an answer that is nearly right; sizes above the limit would take minutes.
 POLISH_FROM, POLISH_UP_TO = 0.1, 100_000
@@ -125,7 +125,7 @@ def invert(
     weights = None if class_weights is None else read_tensor("invert", "class_weights", class_weights)
     client_loss = Loss(loss, reduction, label_smoothing, weights)
     shared = read_gradients("invert", model, gradients)
-    work = working_copy(model, dtype_of(model))
+    work = reading_copy(model, dtype_of(model))
     before = working_copy(model, dtype) if shared.steps > 1 else None
     to_middle_weights(work, shared)
     request = Request(

@@ -14,7 +14,7 @@ from rconv_fast.updates import step_coefficients
 
 
 def to_middle_weights(model: nn.Module, shared: SharedGradients) -> None:
-    """Move a working copy to the weights half way through the steps, in place; as it is where they are not known."""
+    """Give a copy the weights half way through the steps, its own ones; as it is where they are not known."""
     if shared.training is None or shared.steps == 1:
         return
     kept, total = step_coefficients(shared.training)
@@ -23,7 +23,7 @@ def to_middle_weights(model: nn.Module, shared: SharedGradients) -> None:
         for name, weight in model.named_parameters():
             if name in shared:
                 mean = shared[name].to(weight)
-                weight.add_(share * ((kept - 1) * weight - shared.training.lr * total * mean))
+                weight.data = weight + share * ((kept - 1) * weight - shared.training.lr * total * mean)
 
 
 def what_steps_mean(shared: SharedGradients, *, reproduced: bool, proven: bool) -> str:

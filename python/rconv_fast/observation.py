@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.losses import Loss, logits_in
-from rconv_fast.on_demand import TOGETHER, root_mean_square
+from rconv_fast.on_demand import entries, parts, root_mean_square
 
 Noise = Mapping[str, "float | Tensor"]
 
@@ -192,13 +191,12 @@ class Observation:
         return sum(missed.values(), _Miss()).match
 
     def _miss(self, name: str, found: Tensor) -> _Miss:
-        seen = self.gradients[name]
-        sigma = self.sigma(name).double().clamp_min(torch.finfo(torch.float64).tiny)  # 0 / 0 is no mismatch
-        noise = sigma.reshape(-1).split(TOGETHER) if sigma.numel() == seen.numel() else itertools.repeat(sigma)
-        total = _Miss()
-        parts = (found.reshape(-1).split(TOGETHER), seen.reshape(-1).split(TOGETHER))
-        for other, own, deviation in zip(*parts, noise, strict=False):
+        total, flat = _Miss(), found.reshape(-1)
+        least = torch.finfo(torch.float64).tiny  # 0 / 0 is no mismatch
+        for part in parts(self.gradients, name):
+            own, other = entries(self.gradients, name, part), flat[part]
             difference = (other - own).double()
+            deviation = self.sigma(name, part).clamp_min(least)
             total += _Miss(
                 float(difference.square().sum()),
                 float(own.double().square().sum()),
@@ -245,16 +243,20 @@ class Observation:
                 buffer.copy_(before)
 
     @cached_property
-    def _largest(self) -> float:
-        return max(root_mean_square(g) for g in self.gradients.values())
+    def _sizes(self) -> dict[str, float]:
+        """Root mean square of each gradient."""
+        return {name: root_mean_square(self.gradients, name) for name in self.gradients}
 
-    def sigma(self, name: str) -> Tensor:
-        """Standard deviation of the entries of one gradient, broadcastable to it; the rounding where none is stated."""
-        given = self.noise.get(name)
-        if isinstance(given, Tensor) and given.ndim:  # of the gradient's shape, and on its device
-            return given.double()
-        seen = self.gradients[name]
-        if given is None:
-            size, rest = root_mean_square(seen), CANCELLED * self.precision * self._largest
+    def sigma(self, name: str, part: slice | None = None) -> Tensor:
+        """Standard deviation of the entries of one gradient, or of a slice of them in flat order.
+
+        Broadcastable to them; the rounding where none is stated.
+        """
+        given: float | Tensor
+        if name not in self.noise:
+            size, rest = self._sizes[name], CANCELLED * self.precision * max(self._sizes.values())
             given = self.rounding * size if size > rest else rest
-        return torch.as_tensor(given, dtype=torch.float64, device=seen.device)
+        else:
+            given = self.noise[name] if part is None else entries(self.noise, name, part)
+        device = entries(self.gradients, name, slice(0, 1)).device
+        return torch.as_tensor(given, dtype=torch.float64, device=device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import UnsupportedModelError, require, require_count, require_number, require_type
@@ -70,10 +70,16 @@ class Request:
         device = next(self.model.parameters()).device
         rounding = rounding_of(*self.gradients.values()) / 2
         shared, dtype = self.gradients, self.dtype
-        working = OnDemand(shared, lambda name: shared[name].detach().to(device=device, dtype=dtype))
+        shapes = {name: g.shape for name, g in shared.items()}
+
+        def working(name: str, part: slice) -> Tensor:
+            return shared[name].detach().reshape(-1)[part].to(device=device, dtype=dtype)
+
         noise, source = self._noise(rounding)
         scale = float(self.scale) if self.scale is not None and self.gradients.scale_known else None
-        return Observation(working, self.loss, noise=noise, rounding=rounding, scale=scale, source=source)
+        return Observation(
+            OnDemand(shapes, working), self.loss, noise=noise, rounding=rounding, scale=scale, source=source
+        )
 
     def _noise(self, rounding: float) -> tuple[Noise, str]:
         """Given or recorded; that of coarse values; nothing for exact ones, whose noise is the arithmetic's."""

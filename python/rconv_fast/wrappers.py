@@ -50,12 +50,20 @@ def working_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     dtype : torch.dtype
         Of all floating parameters, buffers and constants of the copy.
     """
-    memo: dict[int, Any] = {}
-    twin = _twin(model, memo, lambda value: _converted(value, dtype))
-    for original in _modules(model):
-        for norm in weight_norms(original):
-            norm.fold(original, memo[id(original)], dtype)
-    return twin.to(dtype)
+    return _plain(model, dtype, lambda value: _converted(value, dtype))
+
+
+def reading_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A `working_copy` whose parameters share the model's memory where they have that dtype: not to be written to."""
+
+    def lent(value: Tensor) -> Tensor:
+        return (
+            value.detach().to(dtype)
+            if isinstance(value, nn.Parameter) and value.is_floating_point()
+            else _converted(value, dtype)
+        )
+
+    return _plain(model, dtype, lent)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -168,6 +176,16 @@ def _named(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Parameter]]
     for name, child in module._modules.items():
         if child is not None:
             yield from _named(unwrap(child), f"{prefix}{name}.")
+
+
+def _plain(model: nn.Module, dtype: torch.dtype, convert: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy without hooks whose weights are under no weight norm."""
+    memo: dict[int, Any] = {}
+    twin = _twin(model, memo, convert)
+    for original in _modules(model):
+        for norm in weight_norms(original):
+            norm.fold(original, memo[id(original)], dtype)
+    return twin.to(dtype)
 
 
 def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:

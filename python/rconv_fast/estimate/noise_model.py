@@ -7,6 +7,7 @@ says. Back-propagation in that arithmetic adds its own rounding, relative to the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -52,7 +53,9 @@ def noise_of(
         If a standard deviation is negative or not finite, or has another shape.
     """
     arithmetic = rounded_to(gradients.values()) if arithmetic is None else arithmetic
-    floor = OnDemand(gradients, lambda name: _rounding(gradients[name], arithmetic))
+    shapes = {name: g.shape for name, g in gradients.items()}
+    size = functools.cache(lambda name: root_mean_square(gradients, name))
+    floor = OnDemand(shapes, lambda name, part: _rounding(gradients[name].reshape(-1)[part], arithmetic, size(name)))
     own = gradients.noise if isinstance(gradients, SharedGradients) else None
     given, source = (noise, "given") if noise is not None else (own, "recorded with the gradients")
     if given is None:
@@ -60,7 +63,7 @@ def noise_of(
     if not isinstance(given, Mapping):
         require_number("invert", "noise", given)
         require(0 <= given < math.inf, "invert", "noise", "be finite and >= 0", given)
-        given = {name: given * root_mean_square(g) for name, g in gradients.items()}
+        given = {name: given * root_mean_square(gradients, name) for name in gradients}
     stated: dict[str, Tensor] = {}
     for name, g in gradients.items():
         sigma = read_tensor("invert", f"noise[{name!r}]", given.get(name, 0.0)).to(g.device)
@@ -70,7 +73,12 @@ def noise_of(
         fits = sigma.ndim == 0 or sigma.shape == g.shape
         require(fits, "invert", f"noise[{name!r}]", f"be a number or have shape {tuple(g.shape)}", tuple(sigma.shape))
         stated[name] = sigma
-    return OnDemand(stated, lambda name: torch.hypot(stated[name].double(), floor[name])), source
+
+    def both(name: str, part: slice) -> Tensor:
+        own = stated[name] if not stated[name].ndim else stated[name].reshape(-1)[part]
+        return torch.hypot(own.double(), floor.part(name, part))
+
+    return OnDemand(shapes, both), source
 
 
 def arithmetic_noise(
@@ -123,13 +131,12 @@ def capped(sigma: Tensor, cap: float) -> Tensor:
     return sigma.clamp_min(cap * float(finite.square().mean().sqrt())) if finite.numel() > 1 else sigma
 
 
-def _rounding(g: Tensor, arithmetic: torch.dtype) -> Tensor:
-    """Of the values themselves and of the arithmetic that made them."""
+def _rounding(g: Tensor, arithmetic: torch.dtype, size: float) -> Tensor:
+    """Of values of a tensor of this root mean square, and of the arithmetic that made them."""
     # float16 and bfloat16 are what gradients are stored in; they are computed in float32.
     computed = torch.float64 if arithmetic == torch.float64 else torch.float32
-    shared = BACKPROPAGATION * torch.finfo(computed).eps / 2 * root_mean_square(g)
-    own = torch.as_tensor(shared, dtype=torch.float64)
-    noise = torch.empty_like(g, dtype=torch.float64, memory_format=torch.contiguous_format)
-    for part, values in zip(noise.view(-1).split(TOGETHER), g.reshape(-1).split(TOGETHER), strict=True):
-        part.copy_(torch.hypot(spacing(values.double(), arithmetic) / UNIFORM, own))
+    shared = torch.as_tensor(BACKPROPAGATION * torch.finfo(computed).eps / 2 * size, dtype=torch.float64)
+    noise = torch.empty_like(g, dtype=torch.float64)
+    for part, values in zip(noise.split(TOGETHER), g.split(TOGETHER), strict=True):
+        part.copy_(torch.hypot(spacing(values.double(), arithmetic) / UNIFORM, shared))
     return noise
