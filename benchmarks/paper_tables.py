@@ -73,7 +73,7 @@ def lines(time_limit: float) -> list[Line]:
     found = []
     for data in ("cifar100", "mnist"):
         for activation in ("sigmoid", "relu"):
-            found.append(Line(data, "lenet_o", activation, "ours", alone))
+            found += [Line(data, network, activation, "ours", alone) for network in ("lenet_o", "lenet")]
             found.append(Line(data, "lenet", activation, "DLG", dlg))
     found += [Line("cifar100", "lenet", a, "Inverting Gradients", matching) for a in ("sigmoid", "relu")]
     found += [Line("cifar100", "lenet_o", a, "COPA", copa) for a in ("sigmoid", "relu")]

@@ -38,6 +38,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def times(ratio: float) -> str:
+    """How many times longer; below ten with a digit more."""
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
 def decibels(value: float | None) -> str:
     return "-" if value is None or value != value else f"{value:.0f} dB"
 
@@ -185,9 +190,12 @@ def of_beside(results: list[Result]) -> str:
 
 
 def of_paper(results: list[Result]) -> str:
+    """One line an attack on a network, beside the time that ours took on the same network in the same run."""
+    ours = {r["network"]: r["time"]["mean"] for r in results if r["attack"] == "ours"}
     rows = []
     for r in results:
         mse, psnr, time = r["mse"], r["psnr"], r["time"]
+        other = r["attack"] != "ours" and time["mean"] is not None and ours.get(r["network"])
         none, many = psnr["mean"] is None, r["images"] > 1
         failed = ", ".join(f"{i} ({decibels(value)})" for i, value in r["failures"].items())
         failed = "all" if r["recovered"] == 0 and none else failed
@@ -201,12 +209,13 @@ def of_paper(results: list[Result]) -> str:
                 decibels(r["least psnr"]),
                 "-" if none else f"{psnr['mean'] + PEAK_255:.1f}",
                 seconds(time["mean"]) + f" ± {seconds(time['deviation'])}" * (many and time["mean"] is not None),
+                times(time["mean"] / ours[r["network"]]) if other else "-",
                 r["note"] or "-",
                 failed or "none",
             ]
         )
     header = ["network, images of", "attack", "recovered", "MSE", "PSNR, peak 1", "least", "PSNR, peak 255", "time"]
-    return table([*header, "note", "images that failed"], rows)
+    return table([*header, "beside ours", "note", "images that failed"], rows)
 
 
 def of_others(results: list[Result]) -> str:
