@@ -98,12 +98,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a case succeeded, how near it came, if it failed one phrase why, and whether the answer was proven."""
+    """Whether a case succeeded, how near it came, if it failed one phrase why, and whether the answer was proven.
+
+    `rows` are the equations for each unknown of the layer that has least of them.
+    """
 
     success: bool
     psnr: float
     why: str = ""
     verified: bool = False
+    rows: float | None = None
 
 
 @dataclass
@@ -189,7 +193,7 @@ def _run_entry(entry: Entry, *, min_run_time: float, clock: Clock) -> dict[str, 
 
 
 def _run_rate(rate: Rate, clock: Clock, limit: float) -> dict[str, Any]:
-    seconds, quality, failures, verified, done = [], [], {}, 0, 0
+    seconds, quality, rows, failures, verified, done = [], [], [], {}, 0, 0
     end = time.monotonic() + limit
     for name, setup in rate.cases.items():
         if done and time.monotonic() >= end:
@@ -206,6 +210,7 @@ def _run_rate(rate: Rate, clock: Clock, limit: float) -> dict[str, Any]:
             outcome = Outcome(False, float("nan"), f"{type(error).__name__}: {error}".splitlines()[0])
         verified += outcome.verified
         quality += [outcome.psnr] if outcome.psnr == outcome.psnr else []
+        rows += [] if outcome.rows is None else [outcome.rows]
         if not outcome.success:
             failures[name] = outcome.why or "not verified"
     quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0, 0.0, 0.0]
@@ -216,6 +221,7 @@ def _run_rate(rate: Rate, clock: Clock, limit: float) -> dict[str, Any]:
         "verified": verified,
         "median psnr": statistics.median(quality) if quality else None,
         "least psnr": min(quality, default=None),
+        "rows per unknown": [min(rows), max(rows)] if rows else None,
         "failures": failures,
     }
     error = None if seconds else "no case ran"

@@ -20,7 +20,7 @@ from single_layers import STEMS, layer, ours, record
 GROWTH = (32, 64, 128, 256, 512)
 N_PHOTOS = 20
 # Filters of conv1: the rows per unknown fall with them until the photo is open; fewer photos for the narrow ones.
-WIDTHS, N_FEWER = (32, 16, 12, 8), 3
+WIDTHS, N_FEWER = (32, 30, 28, 26, 24, 16, 8), 3
 
 
 def photos() -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import rconv_fast
 from bench import Outcome, Target
 from rconv_fast.losses import Loss
+from rconv_fast.walk.report import LayerReport
 
 # A batch counts as recovered in a rate where every sample is this near, whether or not it is proven.
 SUCCESS_PSNR = 60.0
@@ -70,10 +71,14 @@ def worst_psnr(answer: Answer) -> float:
     return min(rconv_fast.psnr(a.double(), b) for a, b in zip(found.inputs, matched, strict=True))
 
 
+def rows_per_unknown(layer: LayerReport) -> float:
+    return layer.rows / max(layer.unknowns, 1)
+
+
 def facts(answer: Answer) -> dict[str, Any]:
     _, found = answer
     known = {name: getattr(found, name, None) for name in ("verdict", "stops_at", "reason")}
-    tightest = min(found.layers, key=lambda r: r.rows / max(r.unknowns, 1), default=None)
+    tightest = min(found.layers, key=rows_per_unknown, default=None)
     rows = "-" if tightest is None else f"{tightest.name}: {tightest.rows} rows for {tightest.unknowns} unknowns"
     return {
         "worst psnr": worst_psnr(answer),
@@ -89,7 +94,8 @@ def judge(answer: Answer) -> Outcome:
     _, found = answer
     quality = worst_psnr(answer)
     near = quality >= SUCCESS_PSNR
+    rows = min(map(rows_per_unknown, found.layers), default=None)
     if found.verified and not near:
-        return Outcome(False, quality, f"WRONG but verified ({quality:.0f} dB)", True)
+        return Outcome(False, quality, f"WRONG but verified ({quality:.0f} dB)", True, rows)
     why = getattr(found, "reason", "") or next(iter(found.notes), "")
-    return Outcome(near, quality, "" if near else f"{quality:.0f} dB: {why}", found.verified)
+    return Outcome(near, quality, "" if near else f"{quality:.0f} dB: {why}", found.verified, rows)

@@ -47,6 +47,10 @@ def decibels(value: float | None) -> str:
     return "-" if value is None or value != value else f"{value:.0f} dB"
 
 
+def between(ends: list[float] | None) -> str:
+    return "-" if ends is None else " to ".join(dict.fromkeys(f"{end:.2f}" for end in ends))
+
+
 def yes_or_no(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, "-")
 
@@ -81,10 +85,12 @@ def of_rates(results: list[Result]) -> str:
                 decibels(facts["median psnr"]),
                 decibels(facts["least psnr"]),
                 seconds(r["ours"]["median"]),
+                between(facts.get("rows per unknown")),
                 failed.replace("|", "/"),
             ]
         )
-    return table(["cases", "recovered", "verified", "median PSNR", "least PSNR", "median time", "failures"], rows)
+    header = ["cases", "recovered", "verified", "median PSNR", "least PSNR", "median time", "rows per value"]
+    return table([*header, "failures"], rows)
 
 
 def of_attacks(results: list[Result]) -> str:

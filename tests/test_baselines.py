@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attacks import gradients_of, photo
 from rconv_fast import baselines, models, psnr
 from rconv_fast.baselines.labels import label_of_one, labels_of_batch
-from rconv_fast.baselines.rgap import LEAST_MU, logits_of, rank_index
+from rconv_fast.baselines.rgap import LEAST_MU, logits_of
 from rconv_fast.errors import ArgumentError
 from rconv_fast.progress import Event
 
@@ -256,34 +256,15 @@ def test_logits_of_a_product_hold_the_true_one(mu: float) -> None:
     assert logits_of(-0.3) == [torch.tensor(LEAST_MU, dtype=torch.float64)]
 
 
-def test_rank_index_counts_the_singular_values_of_both_constraints() -> None:
-    full, few = small_cnn(nn.LeakyReLU, 1, filters=6), small_cnn(nn.LeakyReLU, 1, filters=1)
-    index, layers = rank_index(full, (1, 8, 8))
-    assert index == 0
-    assert [(layer.rank, layer.unknowns) for layer in layers] == [(64, 64), (384, 384), (192, 192)]
-    index, layers = rank_index(few, (1, 8, 8))
-    assert index < 0
-    # the oracle: derivatives of what the constraints of the second layer (1 to 2 filters, stride 2) say
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(1, 1, 8, 8, generator=generator, dtype=torch.float64)
-    weights = torch.randn(1, 1, generator=generator, dtype=torch.float64)
-    conv = few[2]
-    z = conv(few[:2](x))
-    (k,) = torch.autograd.grad((few[3:](z) * weights).sum(), z)
-
-    def constraints(given: Tensor) -> Tensor:
-        return torch.cat(
-            [conv(given).flatten(), torch.nn.grad.conv2d_weight(given, conv.weight.shape, k, 2, 1).flatten()]
-        )
-
-    rank = int(
-        torch.linalg.matrix_rank(
-            torch.autograd.functional.jacobian(constraints, torch.rand(1, 1, 8, 8).double()).reshape(-1, 64)
-        )
-    )
-    assert (layers[1].rank, layers[1].unknowns) == (rank, 64)
-    expected = sum((3 - i) / 3 * (layer.rank - layer.unknowns) / layer.unknowns for i, layer in enumerate(layers))
-    assert index == pytest.approx(expected)
+def test_rgap_gives_a_linear_combination_of_a_batch_in_a_fully_connected_network() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 20, bias=False), nn.LeakyReLU(0.2), nn.Linear(20, 1, bias=False)]
+    model, x = nn.Sequential(nn.Flatten(), *layers).double(), small_photo(3)
+    found = baselines.rgap(model, logistic_gradients(model, x, 1.0), (1, 8, 8), batch_size=3)
+    samples = x.flatten(1).T
+    weights = torch.linalg.lstsq(samples, found.inputs.reshape(64, 1)).solution
+    assert torch.allclose(samples @ weights, found.inputs.reshape(64, 1), atol=1e-10)
+    assert any("linear combination" in note for note in found.notes)
 
 
 # --- COPA -------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def test_a_rate_names_its_failures() -> None:
     def setup() -> Any:
         raise ValueError("no photo")
 
-    good, far = bench.Outcome(True, 200.0, verified=True), bench.Outcome(False, 20.0, "open")
+    good = bench.Outcome(True, 200.0, verified=True, rows=1.5)
+    far = bench.Outcome(False, 20.0, "open", rows=0.5)
     rate = bench.Rate("x/rate", {"a": lambda: good, "b": lambda: far, "c": setup}, lambda o: o, lambda o: o)
     result = bench.run_entry(rate, min_run_time=0.0)
     assert result["record"] == {
@@ -92,6 +93,7 @@ def test_a_rate_names_its_failures() -> None:
         "verified": 1,
         "median psnr": 110.0,
         "least psnr": 20.0,
+        "rows per unknown": [0.5, 1.5],
         "failures": {"b": "open", "c": "ValueError: no photo"},
     }
     assert result["ours"]["n"] == 2

@@ -30,9 +30,10 @@ def copa(
 ) -> Inversion:
     """Combined optimisation attack [1]_: constraints layer by layer, then gradient matching [2]_.
 
-    For one sample and a chain of layers. The weight and gradient constraints of each layer make the start (R-GAP's
-    recursion; behind a ReLU only the active outputs give weight constraints); from there L-BFGS lowers
-    ``||grad(x) - grad*||^2``. Where the recursion ends early, the descent starts from standard normal numbers.
+    For one sample and a chain of layers. Each layer's input minimises ``||W x - z||^2 + ||K(k) x - dW||^2``, weight and
+    gradient constraints together (R-GAP's recursion; behind a ReLU only the active outputs give weight constraints).
+    From there L-BFGS lowers ``||grad(x) - grad*||^2`` over the network's input, where the papers match layer by layer.
+    Where the recursion ends early, the descent starts from standard normal numbers.
 
     Parameters
     ----------

@@ -72,6 +72,9 @@ def idlg(
 ) -> Inversion:
     """Improved DLG [1]_: the label of one sample from the last layer's signs, then DLG over x alone.
 
+    Of the last layer's rows ``dW_i = g_i h`` with ``g_i = p_i - [i = y]`` only the label's has the other sign:
+    ``<dW_i, dW_y> <= 0`` for all ``i != y``. Then ``||grad(x, y) - grad*||^2`` is minimised over x as in `dlg`.
+
     Parameters
     ----------
     model : nn.Module

@@ -34,8 +34,9 @@ def i2f_bound(
     r"""Lower bound of the inversion influence function [1]_: how far Gaussian noise moves the recovered batch.
 
     To first order noise d on the gradients moves the minimiser of ``||grad(x) - g - d||^2`` by ``(J J^T)^-1 J d``,
-    with ``J = d^2 L / dx dw``; its norm is at least ``||J d|| / lambda_max(J J^T)``. Returned is the root mean square
-    over the values of the batch, ``||J d|| / (lambda_max sqrt(n))``, a mean over draws of d.
+    with ``J = d^2 L / dx dw`` (equation 4 of [1]_); its norm is at least ``||J d|| / lambda_max(J J^T)`` (equation 5).
+    Returned is the root mean square over the values of the batch, ``||J d|| / (lambda_max sqrt(n))``, a mean over draws
+    of d.
 
     Parameters
     ----------

@@ -1,21 +1,20 @@
-"""R-GAP: the recursive attack on networks with one logit and invertible activations, and its rank analysis."""
+"""R-GAP: the recursive attack on networks with one logit and invertible activations."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from rconv_fast.baselines.chain import Chain, Link, Reached, chain_of, recurse
+from rconv_fast.baselines.chain import SHAPES_ONLY, Chain, Reached, chain_of, recurse
 from rconv_fast.baselines.problem import Options, Problem, posed
-from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
-from rconv_fast.constraints.sparse import to_scipy
 from rconv_fast.errors import require
+from rconv_fast.layers.activation import of_module
 from rconv_fast.verdict import Inversion
 
 if TYPE_CHECKING:
@@ -41,10 +40,12 @@ def rgap(
 ) -> Inversion:
     """Recursive Gradient Attack on Privacy [1]_: a linear system a layer, from the logit to the input.
 
-    For one sample, one logit with the logistic loss, and a chain of convolutions and linear layers with invertible
-    activations. ``<W, dW> = -mu / (1 + exp(mu))`` gives the logit (section 3.2 of [1]_; up to two roots); then every
-    layer's input is the least-squares solution of its weight and gradient constraints together (sections 3.3, 3.4). The
-    reading of the head whose answer has the gradients that fit best is taken.
+    For one logit with the logistic loss, and a chain of convolutions and linear layers with invertible activations.
+    ``<W, dW> = -mu / (1 + exp(mu))`` gives the logit (section 3 of [1]_; up to two roots); then every layer's input is
+    the least-squares solution of its weight constraints ``W x = z`` and gradient constraints ``K(k) x = dW`` together,
+    where ``z = s^-1(x')`` and ``k = (W'^T k') s'(z)`` come from the layer behind. The reading of the head whose answer
+    has the gradients that fit best is taken. Of a batch, which the paper attacks in fully connected networks alone,
+    one picture comes back: as ``dW = sum_b k_b x_b^T``, it is a linear combination of the samples.
 
     Parameters
     ----------
@@ -65,7 +66,7 @@ def rgap(
     Raises
     ------
     ArgumentError
-        For a batch, or another loss.
+        For another loss, or for a batch in a network that is not fully connected.
 
     References
     ----------
@@ -74,22 +75,36 @@ def rgap(
     with posed("rgap", model, gradients, input_shape, {"loss": LOGISTIC, **options}) as problem:
         name = problem.observation.loss.name
         require(name == LOGISTIC, "rgap", "loss", f"be {LOGISTIC!r}", repr(name))
-        require(problem.batch_size == 1, "rgap", "batch_size", "be 1", problem.batch_size)
         chain = chain_of(problem.model, torch.zeros(1, *problem.input_shape).to(problem.like))
+        size, alone = problem.batch_size, "be 1 in a network that is not fully connected"
+        require(size == 1 or _fully_connected(chain), "rgap", "batch_size", alone, size)
         heads = logistic_heads(problem, chain)
         if not heads:
             at = chain.links[-1].name if chain.links else ""
             return problem.stopped(at, "R-GAP needs a linear layer with one output at the end", {}, [])
-        return best_reading(problem, [(h, recurse(problem, chain, h.gradient, through_flats=False)) for h in heads])
+        notes = [f"rgap: of a batch of {size} this is a linear combination"] if size > 1 else []
+        readings = [(h, recurse(problem, chain, h.gradient, through_flats=False)) for h in heads]
+        return best_reading(problem, readings, notes)
+
+
+def _fully_connected(chain: Chain) -> bool:
+    modules = [link.module for link in chain.links]
+    return all(isinstance(m, (nn.Linear, *SHAPES_ONLY)) or of_module(m) is not None for m in modules)
 
 
 LOGISTIC = "binary_cross_entropy_with_logits"
 
 
-def best_reading(problem: Problem, readings: Sequence[tuple[Head, Reached]]) -> Inversion:
+def best_reading(problem: Problem, readings: Sequence[tuple[Head, Reached]], notes: Sequence[str] = ()) -> Inversion:
     """The answer with the least gradient mismatch; without any input, what the first reading left."""
     answers = [
-        problem.answer(r.inputs, torch.tensor([h.label], device=r.inputs.device), layers=r.layers, features=r.features)
+        problem.answer(
+            r.inputs,
+            torch.tensor([h.label], device=r.inputs.device),
+            notes=notes,
+            layers=r.layers,
+            features=r.features,
+        )
         for h, r in readings
         if r.inputs is not None
     ]
@@ -110,7 +125,8 @@ def logistic_heads(problem: Problem, chain: Chain) -> list[Head]:
     seen, scale = problem.observation.gradients, problem.observation.factor
     if f"{last.name}.weight" not in seen:
         return []
-    labels = [0.0, 1.0] if problem.labels is None else [float(problem.labels)]
+    one = problem.labels is not None and len(problem.labels) == 1
+    labels = [float(problem.labels)] if problem.labels is not None and one else [0.0, 1.0]
     bias = seen.get(f"{last.name}.bias")
     if bias is not None:
         return [Head(bias.reshape(1, 1), y) for y in labels if (float(bias) / scale < 0) == (y == 1)]
@@ -131,86 +147,3 @@ def logits_of(product: float) -> list[Tensor]:
     if not roots and product < 0:
         roots = [LEAST_MU]  # the least value there is, missed by rounding
     return [torch.tensor(root, dtype=torch.float64) for root in roots]
-
-
-@dataclass(frozen=True)
-class LayerIndex:
-    """Rank of one layer's weight and gradient constraints together, beside its unknowns."""
-
-    name: str
-    rank: int
-    unknowns: int
-
-
-def rank_index(
-    model: nn.Module, input_shape: Sequence[int], *, seed: int = 0, rtol: float = 1e-12
-) -> tuple[float, list[LayerIndex]]:
-    """R-GAP's rank analysis: RA-i and its layers.
-
-    ``RA-i = sum_i (d - i + 1) / d * (rank A_i - n_i) / n_i`` over the d layers from the first, ``A_i`` the weight and
-    gradient constraints of layer i together and ``n_i`` its unknowns (R-GAP, ICLR 2021, section 4). 0 says that every
-    layer's input is determined; the more negative, the safer. The ranks are those at a random input, with the
-    gradients of a random linear function of the outputs.
-
-    Parameters
-    ----------
-    model : nn.Module
-        A chain of layers; linear layers count as full rank, which their gradient constraints have.
-    input_shape : sequence of int
-        Shape of one sample.
-    seed : int
-        Of the random input.
-    rtol : float
-        Eigenvalues of ``A^T A`` below this share of the largest count as zero.
-
-    Returns
-    -------
-    index : float
-    layers : list of LayerIndex
-        First layer first.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parameter = next(model.parameters())
-    x = torch.rand(1, *input_shape, generator=generator, dtype=torch.float64).to(parameter)
-    chain = chain_of(model, x)
-    require(not chain.broken, "rank_index", "model", "be a chain of layers", chain.broken)
-    outputs: dict[str, Tensor] = {}
-    handles = [
-        link.module.register_forward_hook(lambda _m, _i, out, name=link.name: outputs.update({name: out}))
-        for link in chain.links
-        if isinstance(link.module, nn.Conv2d)
-    ]
-    with torch.enable_grad():
-        value = model(x.requires_grad_())
-        for handle in handles:
-            handle.remove()
-        weights = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-        found = torch.autograd.grad((value * weights).sum(), list(outputs.values()))
-    gradients = dict(zip(outputs, found, strict=True))
-    layers = [_rank_of(link, gradients.get(link.name), rtol) for link in chain.links if _has_weight(link)]
-    depth = len(layers)
-    index = sum((depth - i) / depth * (layer.rank - layer.unknowns) / layer.unknowns for i, layer in enumerate(layers))
-    return float(index), layers
-
-
-def _has_weight(link: Link) -> bool:
-    return isinstance(link.module, nn.Linear | nn.Conv2d)
-
-
-def _rank_of(link: Link, gradient: Tensor | None, rtol: float) -> LayerIndex:
-    n = link.in_shape.numel()
-    if gradient is None:
-        return LayerIndex(link.name, n, n)
-    conv = link.module
-    assert isinstance(conv, nn.Conv2d)
-    require(conv.groups == 1, "rank_index", "model", "have convolutions of one group", conv.groups)
-    size: torch.Size = link.in_shape[2:]
-    sizes: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-    known = to_scipy(weight_constraints(conv.weight.detach().double(), size, **sizes))
-    one = to_scipy(gradient_constraints(gradient.detach().double(), size, conv.kernel_size, **sizes))
-    normal = torch.from_numpy((known.T @ known).toarray())
-    block = torch.from_numpy((one.T @ one).toarray())
-    # both kinds of rows at one size, so that neither drowns in the other's rounding
-    normal += torch.block_diag(*[block / block.trace() * normal.trace()] * conv.in_channels)
-    eigenvalues = torch.linalg.eigvalsh(normal)
-    return LayerIndex(link.name, int((eigenvalues > rtol * eigenvalues[-1]).sum()), n)
