@@ -138,3 +138,27 @@ def test_audit_does_not_wait_for_torchs_compiler() -> None:
         print("torch._dynamo" in sys.modules)
     """
     assert run(code).strip() == "False"
+
+
+def test_audits_and_inversions_of_noise_are_silent() -> None:
+    """Torch warns of its sparse CSR layout once a process: what nobody asked for is not made of it."""
+    code = """
+        import warnings
+        import torch
+        import rconv_fast
+        from rconv_fast import defenses
+
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch about torch: Python shows them to no user
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 12, 3, 2, 1), torch.nn.LeakyReLU(), torch.nn.Flatten(), torch.nn.Linear(192, 10)
+        ).double()
+        found = rconv_fast.audit(model, (1, 8, 8), noise=1e-3)
+        x = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+        loss = torch.nn.functional.cross_entropy(model(x), torch.tensor([1]))
+        names, parameters = zip(*model.named_parameters())
+        gradients = dict(zip(names, torch.autograd.grad(loss, parameters)))
+        rconv_fast.invert(model, defenses.gaussian(gradients, 1e-4), (1, 8, 8))
+        rconv_fast.invert(model, defenses.gaussian(gradients, 1e-4), (1, 8, 8), noise=1e-4)
+    """
+    assert run(code) == ""

@@ -1,4 +1,7 @@
-"""torch's sparse CSR tensors as scipy's and cupy's matrices, sharing their memory."""
+"""Sparse matrices as scipy's and cupy's, sharing the memory of torch's tensors.
+
+What this package computes with itself never is a sparse CSR tensor: torch warns of those once a process.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.library import Components
 from rconv_fast.constraints.streams import cupy_on_torch_stream
 from rconv_fast.errors import require, require_type
 
@@ -19,10 +23,25 @@ def to_scipy(matrix: Tensor) -> scipy.sparse.csr_array:
     """
     _require_csr(matrix, "to_scipy")
     require(matrix.device.type == "cpu", "to_scipy", "matrix", "be on the cpu", matrix.device)
-    components = (part.numpy() for part in _components(matrix))
-    result = scipy.sparse.csr_array(tuple(components), shape=tuple(matrix.shape), copy=False)
+    matrix = matrix.detach()
+    return csr_array((matrix.values(), matrix.crow_indices(), matrix.col_indices()), matrix.shape[1])
+
+
+def csr_array(components: Components, n_cols: int) -> scipy.sparse.csr_array:
+    """``(values, crow, col)`` on the CPU as ``scipy.sparse.csr_array``, without a copy."""
+    values, crow, col = (part.numpy() for part in components)
+    result = scipy.sparse.csr_array((values, col, crow), shape=(len(crow) - 1, n_cols), copy=False)
     result.has_canonical_format = True  # columns are sorted and unique
     return result
+
+
+def to_dense(components: Components, n_cols: int) -> Tensor:
+    """``(values, crow, col)`` as a dense tensor on their device."""
+    values, crow, col = components
+    dense = values.new_zeros(len(crow) - 1, n_cols)
+    rows = torch.arange(len(dense), device=crow.device).repeat_interleave(crow.diff(), output_size=len(col))
+    dense[rows, col.long()] = values
+    return dense
 
 
 def to_cupy(matrix: Tensor) -> Any:
@@ -36,15 +55,12 @@ def to_cupy(matrix: Tensor) -> Any:
     with cupy_on_torch_stream(matrix.device, "to_cupy") as cupy:
         from cupyx.scipy.sparse import csr_matrix
 
-        components = tuple(cupy.from_dlpack(part) for part in _components(matrix))
+        matrix = matrix.detach()
+        parts = (matrix.values(), matrix.col_indices(), matrix.crow_indices())
+        components = tuple(map(cupy.from_dlpack, parts))
         result = csr_matrix(components, shape=tuple(matrix.shape), copy=False)  # synchronize!
         result.has_canonical_format = True
         return result
-
-
-def _components(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    matrix = matrix.detach()
-    return matrix.values(), matrix.col_indices(), matrix.crow_indices()
 
 
 def _require_csr(matrix: Tensor, function: str) -> None:

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rconv_fast.constraints.library import Components
 from rconv_fast.constraints.operators import apply_gradient, apply_weight_adjoint
-from rconv_fast.constraints.ops import weight_constraints
+from rconv_fast.constraints.ops import weight_components
+from rconv_fast.constraints.sparse import to_dense
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
 from rconv_fast.estimate.gram import Gram
 from rconv_fast.estimate.pieces import is_piecewise_linear
@@ -305,13 +307,13 @@ def dense_rows(rule: ConvRule, live: Tensor) -> Tensor:
     g = rule.geometry
     if g.n_taps == g.n_input == g.groups == 1 and g.padding == (0,):
         return rule.weight.flatten(1)[live]
-    return sparse_rows(rule, live).to_dense()
+    return to_dense(sparse_rows(rule, live), g.in_channels * g.n_input)
 
 
-def sparse_rows(rule: ConvRule, live: Tensor) -> Tensor:
-    """The same as a sparse matrix."""
+def sparse_rows(rule: ConvRule, live: Tensor) -> Components:
+    """The same as ``(values, crow, col)``."""
     g = rule.geometry
-    return weight_constraints(
+    return weight_components(
         rule.weight,
         g.input_size,
         stride=g.stride,

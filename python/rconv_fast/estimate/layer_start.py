@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.constraints.operators import apply_gradient, apply_weight, apply_weight_adjoint
-from rconv_fast.constraints.sparse import to_scipy
+from rconv_fast.constraints.sparse import csr_array
 from rconv_fast.errors import LinAlgError
 from rconv_fast.estimate.fisher import dense_rows, input_normals, sparse_rows
 from rconv_fast.estimate.gram import own_product
@@ -148,7 +148,7 @@ def _output_normal(rule: ConvRule, v: Tensor) -> Tensor:
     if v.device.type != "cpu" or 2 * rule.geometry.n_taps > rule.geometry.n_input:
         a = dense_rows(rule, live.flatten()) * v[live].sqrt()[:, None]
         return own_product(a)
-    matrix = to_scipy(sparse_rows(rule, live))
+    matrix = csr_array(sparse_rows(rule, live), rule.geometry.in_channels * rule.geometry.n_input)
     weighted = matrix.multiply(v[live].numpy()[:, None]).tocsr()
     return torch.from_numpy((matrix.T @ weighted).toarray()).to(v)
 
