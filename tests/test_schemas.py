@@ -17,6 +17,7 @@ from json_schema import violations
 from rconv_fast import defenses, invert
 from rconv_fast.audit import audit
 from rconv_fast.audit.privacy import PrivacyRow
+from rconv_fast.cli.judging import check
 from rconv_fast.integrations.update_audit import UpdateAuditor
 from rconv_fast.report.payload import schema_of
 from results import exact, features
@@ -32,7 +33,7 @@ def assert_valid(report: dict[str, Any]) -> None:
     assert not list(violations(report, schema, schema))
 
 
-@pytest.mark.parametrize("name", ["rconv_fast.audit/1", "rconv_fast.inversion/1"])
+@pytest.mark.parametrize("name", ["rconv_fast.audit/1", "rconv_fast.check/1", "rconv_fast.inversion/1"])
 def test_schema_is_of_the_draft_it_names_and_of_its_own_reports(name: str) -> None:
     schema = schema_of(name)
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -66,6 +67,24 @@ def test_audits_of_every_kind_are_valid() -> None:
         audit(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double(), (1, 8, 8), loss="mse"),
     ):
         assert_valid(json.loads(report.to_json()))
+
+
+def test_checks_of_models_covered_and_not_are_valid(tmp_path: Path) -> None:
+    path = tmp_path / "nets.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def covered(): return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))\n"
+        "def uncovered(): return nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, 10))\n"
+        "class unreadable(nn.Linear):\n"
+        "    def __init__(self): super().__init__(64, 2)\n"
+        "    def forward(self, x): return x.flatten(1) if x.sum() > 0 else x\n"
+    )
+    for factory in ("covered", "uncovered", "unreadable"):
+        written = tmp_path / f"{factory}.json"
+        check(f"{path}:{factory}", "1x8x8", "1,4", training=False, json=written, html=None, fail_on=None)
+        report = json.loads(written.read_text())
+        assert set(report["batches"]) == set(report["layers"]) == {"1", "4"}
+        assert_valid(report)
 
 
 def test_inversions_of_every_kind_are_valid() -> None:

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 INVERSION_SCHEMA = "rconv_fast.inversion/1"
 # Where each kind is described.
-SCHEMAS = {"rconv_fast.audit/1": "audit-1.json", INVERSION_SCHEMA: "inversion-1.json"}
+SCHEMAS = {
+    "rconv_fast.audit/1": "audit-1.json",
+    "rconv_fast.check/1": "check-1.json",
+    INVERSION_SCHEMA: "inversion-1.json",
+}
 LAYER_FIELDS = (
     "name",
     "kind",
