@@ -12,7 +12,18 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.errors import require, require_type
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve import SOLVERS, Evidence, GradientRows, HasEvidence, Rows, System, WeightRows, solve
+from rconv_fast.solve import (
+    SOLVERS,
+    Evidence,
+    GradientRows,
+    HasEvidence,
+    Rows,
+    System,
+    WeightRows,
+    solve,
+    widened,
+    within_windows,
+)
 from rconv_fast.solve.linear_operator import as_linear_operator
 
 
@@ -117,7 +128,9 @@ def recover_conv_input(
         function, grad_weight, grad_output, input_size, outputs, (stride, padding, dilation), groups, dtype
     )
     tolerance = 4 * torch.finfo(dtype).eps if rtol is None else rtol
-    found = solve(system, solver=solver, rtol=tolerance, budget=Budget.seconds(time_limit))
+    reached = within_windows(system)
+    found = solve(reached, solver=solver, rtol=tolerance, budget=Budget.seconds(time_limit))
+    found = widened(found, system)
     return ConvRecovery(found.x.to(grad_output.dtype), found.determined, found.evidence)
 
 

@@ -18,6 +18,7 @@ from rconv_fast.solve.precision import in_exact_products
 from rconv_fast.solve.prior import PRIORS, apply_prior
 from rconv_fast.solve.rows import GradientRows, PointRows, Rows, System, WeightRows, norm
 from rconv_fast.solve.solution import Evidence, HasEvidence, Solution
+from rconv_fast.solve.windows import widened, with_zeros_behind, within_windows
 
 __all__ = [
     "PRIORS",
@@ -41,6 +42,9 @@ __all__ = [
     "solve",
     "solve_curved",
     "solve_nonnegative",
+    "widened",
+    "with_zeros_behind",
+    "within_windows",
 ]
 
 

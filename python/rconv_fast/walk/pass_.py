@@ -28,6 +28,9 @@ from rconv_fast.solve import (
     solve,
     solve_curved,
     solve_nonnegative,
+    widened,
+    with_zeros_behind,
+    within_windows,
 )
 from rconv_fast.solve.krylov import InterruptedSolve
 from rconv_fast.walk.bounds import flat_rows
@@ -179,7 +182,7 @@ class _Recursion(Tables):
     def _interrupted(self, step: Step, interrupt: KeyboardInterrupt) -> Stop:
         """Ctrl-C: the iterate of the solve that was under way is kept, as not determined."""
         if isinstance(interrupt, InterruptedSolve):
-            self.values[step.name] = interrupt.x.reshape(step.shape)
+            self.values[step.name] = with_zeros_behind(interrupt.x, step.shape)
             self.determined[step.name] = torch.zeros(step.shape, dtype=torch.bool, device=interrupt.x.device)
         return Stop(step.name, self.graph.layer_of(step.name)[0], INTERRUPTED)
 
@@ -187,19 +190,22 @@ class _Recursion(Tables):
         if isinstance(system, CurvedSystem):
             found = solve_curved(system, lambda linear: self._solve_linear(linear, label), self.options.budget)
             return place_by_zeros(system, found) if self.graph.never_negative(step.name) else found
-        options, bounded = self.options, self.graph.never_negative(step.name)
-        scarce = system.count < SCARCE * system.unknowns and bounded
-        found = self._solve_linear(system, label, SCARCE_ITERATIONS if scarce else None, nonnegative=bounded)
-        settled = found.converged and (_is_fixed(step, found) or found.residual > options.bar)
+        reached, options, bounded = within_windows(system), self.options, self.graph.never_negative(step.name)
+        scarce = reached.count < SCARCE * reached.unknowns and bounded
+        found = self._solve_linear(reached, label, SCARCE_ITERATIONS if scarce else None, nonnegative=bounded)
+        whole = widened(found, system)
+        fixed = bool(found.determined.all()) or _is_fixed(step, whole)
+        settled = found.converged and (fixed or found.residual > options.bar)
         if settled or not bounded or found.unknowns > 2 * found.rank:
-            return found  # the last: zeros cannot fix more directions than half of the values (Wendel)
-        return solve_nonnegative(
-            system,
+            return whole  # the last: zeros cannot fix more directions than half of the values (Wendel)
+        found = solve_nonnegative(
+            reached,
             found,
             tolerance=options.bar,
             budget=options.budget,
             progress=lambda i, r: options.progress(Event(label, "nonnegative", i, None, r)),
         )
+        return widened(found, system)
 
     def _solve_linear(
         self, system: System, label: str, max_iterations: int | None = None, *, nonnegative: bool = False
