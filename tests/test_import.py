@@ -148,7 +148,9 @@ def test_audits_and_inversions_of_noise_are_silent() -> None:
         import rconv_fast
         from rconv_fast import defenses
 
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch about torch: Python shows them to no user
+        # Of torch about torch: Python shows them to no user.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", ResourceWarning)
         torch.manual_seed(0)
         model = torch.nn.Sequential(
             torch.nn.Conv2d(1, 12, 3, 2, 1), torch.nn.LeakyReLU(), torch.nn.Flatten(), torch.nn.Linear(192, 10)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from rconv_fast._build_info import version
 from rconv_fast.audit import AuditReport, LayerRank, audit, rank_analysis
 from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
 from rconv_fast.errors import RconvError, UnsupportedModelError
@@ -26,7 +27,7 @@ from rconv_fast.updates import gradients_from_update
 from rconv_fast.verdict import Inversion, Sample
 from rconv_fast.walk.report import LayerReport
 
-__version__ = "0.1.0"
+__version__ = version()
 
 __all__ = [
     "AuditReport",

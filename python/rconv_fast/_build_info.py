@@ -24,7 +24,7 @@ def build_info() -> dict[str, Any]:
     core = backends._core
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
-        "version": _version("rconv-fast") or "0.0.0 (source tree)",
+        "version": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "compiled": core is not None,
@@ -38,6 +38,11 @@ def build_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "devices": [torch.cuda.get_device_name(index) for index in gpus],
     }
+
+
+def version() -> str:
+    """The installed package's version, which is its tag's."""
+    return _version("rconv-fast") or "0.0.0 (source tree)"
 
 
 def _version(distribution: str) -> str | None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.baselines.chain import Link, chain_of
-from rconv_fast.constraints.ops import gradient_constraints, weight_constraints
-from rconv_fast.constraints.sparse import to_scipy
+from rconv_fast.constraints.ops import gradient_components, weight_components
+from rconv_fast.constraints.sparse import csr_array
 from rconv_fast.errors import require
 
 
@@ -156,8 +156,8 @@ def _rank_of(link: Link, gradient: Tensor, rtol: float) -> LayerRank:
     require(conv.groups == 1, "copa_index", "model", "have convolutions of one group", conv.groups)
     size: torch.Size = link.in_shape[2:]
     sizes: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
-    known = to_scipy(weight_constraints(conv.weight.detach().double(), size, **sizes))
-    one = to_scipy(gradient_constraints(gradient.detach().double(), size, conv.kernel_size, **sizes))
+    known = csr_array(weight_components(conv.weight.detach().double(), size, **sizes), link.in_shape.numel())
+    one = csr_array(gradient_components(gradient.detach().double(), size, conv.kernel_size, **sizes), size.numel())
     normal = torch.from_numpy((known.T @ known).toarray())
     block = torch.from_numpy((one.T @ one).toarray())
     # both kinds of rows at one size, so that neither drowns in the other's rounding

@@ -44,7 +44,8 @@ def pyarrow_parquet() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise MissingDependencyError('a sweep needs pyarrow: pip install "rconv-fast[sweep]"') from error
+        must = 'a sweep needs pyarrow: pip install "rconv-fast[sweep]"'
+        raise MissingDependencyError(f"{must}, got {error}") from error
     return pyarrow
 
 
