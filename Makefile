@@ -47,7 +47,8 @@ types: .venv/installed ## mypy, strict
 
 # The Python side is the same in both builds: here the tests that reach the binary are run again.
 NATIVE_TESTS := $(addprefix tests/test_,geometry.py structure.py values.py gradients.py library.py compile.py interop.py \
-	operators.py streams.py import.py solve.py recover.py)
+	operators.py streams.py import.py solve.py phases.py \
+	pseudo_inverse.py recover.py)
 cuda-build: $(CUDA_SITE)/installed ## build with RCONV_CUDA=ON, import that, run the tests of the native code on it
 	PYTHONPATH=$(CUDA_SITE) $(BIN)/python -c "import rconv_fast, rconv_fast._build_info as b; \
 		print(rconv_fast.__file__, b.build_info()); \
@@ -59,7 +60,8 @@ cuda-build: $(CUDA_SITE)/installed ## build with RCONV_CUDA=ON, import that, run
 # of the public functions with everything moved there. It finds mixed devices, hidden waits and wrong kernels, not time.
 SIMULATED_GPU := PYTHONPATH=tests/simulated_gpu $(BIN)/python -m pytest -p simulated_gpu
 KERNEL_TESTS := tests/test_structure.py tests/test_values.py -m "cuda and not slow"
-MOVED_TESTS := $(addprefix tests/test_,invert.py recover.py graph.py head.py head_binary.py nonnegative.py prior.py peeling.py)
+MOVED_TESTS := $(addprefix tests/test_,invert.py invert_networks.py invert_arguments.py recover.py graph.py graph_refused.py \
+	head.py linear_input.py head_binary.py nonnegative.py prior.py peeling.py)
 simulated-gpu: .venv/installed ## the CUDA code without a GPU: kernels on the host, devices that refuse to mix
 	$(SIMULATED_GPU) -m "cuda and not slow" $(TEST_ARGS)
 	SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.testing import GEOMETRIES
+
+if TYPE_CHECKING:
+    from command_line import FakeInversion, Run
 
 
 def pytest_report_header() -> str:
@@ -57,3 +62,30 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 def geometry(request: pytest.FixtureRequest) -> ConvGeometry:
     """Run the test on every named geometry."""
     return request.param
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeInversion:
+    """A stand-in for ``invert``."""
+    import rconv_fast
+    from command_line import FakeInversion
+
+    fake = FakeInversion()
+    monkeypatch.setattr(rconv_fast, "invert", fake, raising=False)
+    return fake
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line, in this process."""
+    from command_line import Done
+    from rconv_fast import cli
+
+    logging.getLogger("rconv_fast").propagate = True
+
+    def run(*arguments: object) -> Done:
+        code = cli.run([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run

@@ -80,3 +80,9 @@ def draw(seed: int, side: int = 10) -> Drawn:
         features = hidden
     model = nn.Sequential(*layers, nn.Linear(features, classes)).double()
     return Drawn(model, (first, side, side), rng.choice([1, 1, 1, 2, 3, 6]))
+
+
+def narrow() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 12, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(12, 12, 3, 1, 1), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 16, 12)).double()

@@ -3,91 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from rconv_fast.errors import ArgumentError, ArgumentTypeError
-from rconv_fast.heads import recover_linear_input, separate_softmax_batch
+from rconv_fast.heads import separate_softmax_batch
 from rconv_fast.heads import softmax as head_module
-from rconv_fast.heads.spectrum import numerical_rank
-from rconv_fast.rounding import rounding_of
-
-
-@dataclass
-class Batch:
-    inputs: torch.Tensor
-    labels: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    grad_weight: torch.Tensor
-    grad_bias: torch.Tensor | None
-
-    @property
-    def head(self):
-        return self.grad_weight, self.grad_bias, self.weight, self.bias
-
-
-def gradients(inputs, labels, weight, bias, class_weights=None, **loss):
-    leaves = [p.detach().clone().requires_grad_() for p in (weight, bias) if p is not None]
-    value = F.cross_entropy(
-        F.linear(inputs, leaves[0], leaves[1] if bias is not None else None), labels, class_weights, **loss
-    )
-    grads = torch.autograd.grad(value, leaves)
-    return Batch(inputs, labels, weight, bias, grads[0], grads[1] if bias is not None else None)
-
-
-def make_batch(n, batch, *, d=192, seed=0, bias=True, bound=None, labels=None, slope=0.0, size=1.0, **loss):
-    """A head with PyTorch's initialisation (or uniform in +-bound) behind a (leaky) ReLU."""
-    generator = torch.Generator().manual_seed(seed)
-    bound = d**-0.5 if bound is None else bound
-    weight = (torch.rand(n, d, generator=generator, dtype=torch.float64) * 2 - 1) * bound
-    offset = (torch.rand(n, generator=generator, dtype=torch.float64) * 2 - 1) * bound if bias else None
-    inputs = F.leaky_relu(torch.randn(batch, d, generator=generator, dtype=torch.float64), slope) * size
-    if labels is None:
-        labels = torch.randint(n, (batch,), generator=generator)
-    return gradients(inputs, torch.as_tensor(labels), weight, offset, **loss)
-
-
-def trained(batch, steps=300):
-    """The same batch after the head has learnt it for a while: a peaked softmax."""
-    weight, bias = batch.weight, batch.bias
-    for _ in range(steps):
-        now = gradients(batch.inputs, batch.labels, weight, bias)
-        weight, bias = weight - 0.05 * now.grad_weight, bias - 0.05 * now.grad_bias
-    return gradients(batch.inputs, batch.labels, weight, bias)
-
-
-def errors(result, batch):
-    """Relative error of each recovered sample, and which original it is."""
-    distance = (result.inputs[:, None] - batch.inputs[None]).norm(dim=2)
-    nearest = distance.argmin(1)
-    return distance.amin(1) / batch.inputs[nearest].norm(dim=1), nearest
-
-
-def assert_separated(result, batch, tolerance=1e-8):
-    assert result.complete, result.reason
-    assert result.batch_size == len(batch.inputs)
-    error, nearest = errors(result, batch)
-    assert sorted(nearest.tolist()) == list(range(len(batch.inputs)))
-    assert float(error.max()) < tolerance
-    assert torch.equal(result.labels, batch.labels[nearest])
-    assert (result.multiplicities == 1).all()
-    logits = F.linear(batch.inputs, batch.weight, batch.bias)
-    delta = (torch.softmax(logits, 1) - F.one_hot(batch.labels, logits.shape[1])) / len(logits)
-    torch.testing.assert_close(result.grad_logits, delta[nearest], rtol=0, atol=tolerance)
-
-
-def assert_nothing_wrong(result, batch, tolerance=1e-6):
-    """Every returned sample is one of the batch, with its label."""
-    if len(result.inputs):
-        error, nearest = errors(result, batch)
-        assert float(error.max()) < tolerance
-        assert torch.equal(result.labels, batch.labels[nearest])
-    if result.complete:
-        assert len(result.inputs) == len(batch.inputs)
+from softmax_batches import assert_nothing_wrong, assert_separated, errors, gradients, make_batch, trained
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -310,26 +233,6 @@ def test_certificate_never_accepts_a_wrong_sample_in_two_hundred_random_heads():
     assert _sweep(range(200), quick=False) > 400
 
 
-def test_linear_input_uses_all_rows():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(30, generator=generator, dtype=torch.float64)
-    delta = torch.randn(20, generator=generator, dtype=torch.float64) * 1e-6
-    exact = torch.outer(delta, x)
-    torch.testing.assert_close(recover_linear_input(exact, delta), x, rtol=1e-13, atol=0)
-    noise = 1e-9 * torch.randn(20, 30, generator=generator, dtype=torch.float64)
-    error = (recover_linear_input(exact + noise, delta) - x).norm()
-    row = int(delta.abs().argmax())  # the best single row is worse than all rows together
-    assert error < ((exact + noise)[row] / delta[row] - x).norm()
-    tiny = recover_linear_input(exact * 1e-200, delta * 1e-200)  # |db|^2 would underflow
-    torch.testing.assert_close(tiny, x, rtol=1e-12, atol=0)
-
-
-def test_linear_input_keeps_the_dtype():
-    x = recover_linear_input(torch.ones(2, 3), torch.ones(2))
-    assert x.dtype == torch.float32
-    assert torch.equal(x, torch.ones(3))
-
-
 def test_single_sample_skips_the_search(monkeypatch):
     def fail(*_args, **_kwargs):
         raise AssertionError("the closed form was not used")
@@ -337,19 +240,6 @@ def test_single_sample_skips_the_search(monkeypatch):
     monkeypatch.setattr(head_module, "search", fail)
     batch = make_batch(10, 1, seed=0)
     assert_separated(separate_softmax_batch(*batch.head), batch, 1e-12)
-
-
-def test_rounding_is_read_off_the_values():
-    values = torch.rand(50, dtype=torch.float64)
-    assert rounding_of(values) == torch.finfo(torch.float64).eps
-    assert rounding_of(values.float().double()) == torch.finfo(torch.float32).eps
-    assert rounding_of(values.bfloat16().float(), None) == torch.finfo(torch.bfloat16).eps
-
-
-@pytest.mark.parametrize(("rounding", "noise"), [(2.2e-16, 3e-16), (1.2e-7, 1e-7)])
-def test_rank_is_the_gap_above_the_rounding(rounding, noise):
-    values = torch.tensor([1.0, 0.5, 1e-2, 1e-4, noise, noise / 2, noise / 1000], dtype=torch.float64)
-    assert numerical_rank(values, (7, 20), rounding) == 4
 
 
 def test_global_random_state_is_left_alone():
@@ -397,11 +287,6 @@ def test_bad_arguments(change, kind, message):
     arguments.update(change)
     with pytest.raises(kind, match="^separate_softmax_batch: .*" + message):
         separate_softmax_batch(**arguments)
-
-
-def test_zero_gradient_of_a_linear_layer():
-    with pytest.raises(ArgumentError, match="grad_bias must not be zero"):
-        recover_linear_input(torch.ones(2, 3), torch.zeros(2))
 
 
 @pytest.mark.cuda

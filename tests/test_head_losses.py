@@ -15,7 +15,7 @@ from rconv_fast.heads.tokens import token_ids
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Observation
 from rconv_fast.walk.reader import build_graph
-from test_head import Batch, assert_nothing_wrong, make_batch
+from softmax_batches import Batch, assert_nothing_wrong, make_batch
 
 CLASS_WEIGHTS = torch.linspace(0.5, 2.0, 60, dtype=torch.float64)
 

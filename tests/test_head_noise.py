@@ -13,7 +13,7 @@ from rconv_fast.heads.head import Head
 from rconv_fast.heads.softmax import separate
 from rconv_fast.heads.spectrum import singular_triplets
 from rconv_fast.losses import Loss
-from test_head import Batch, assert_nothing_wrong, errors, make_batch
+from softmax_batches import Batch, assert_nothing_wrong, errors, make_batch
 
 
 def with_noise(batch: Batch, relative: float, seed: int = 0) -> tuple[Batch, tuple[Tensor, Tensor | None]]:
