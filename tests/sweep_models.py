@@ -38,3 +38,18 @@ def slow() -> nn.Module:
     """Take so long that a sweep can be killed in the middle; the log's name is in the environment."""
     time.sleep(0.2)
     return network(os.environ["SWEEP_LOG"])
+
+
+def dies_in_the_middle(log: str, kind: str, after: int) -> nn.Module:
+    """Build one of three networks for 8x8 digits; the process that begins case number `after` is killed, once."""
+    path, mark = Path(log), Path(log + ".killed")
+    if path.exists() and len(path.read_text().splitlines()) >= after and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    with path.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    torch.manual_seed(0)
+    if kind == "mlp":
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).double()
+    activation = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}[kind]
+    return nn.Sequential(nn.Conv2d(1, 32, 3, 2, 1), activation(), nn.Flatten(), nn.Linear(512, 10)).double()
