@@ -102,7 +102,7 @@ nightly: .venv/installed ## the long sweeps
 	$(BIN)/python -m pytest -m "slow and not cuda and not peer" $(TEST_ARGS)
 
 bench: .venv/installed ## measure on this machine, under ten minutes (BENCH_ARGS="--suite build"; --long for all)
-	$(BIN)/python benchmarks/run.py --seconds 0.3 --out out/bench $(BENCH_ARGS)
+	$(BIN)/python benchmarks/run.py --seconds 0.3 --rate-limit 10 --out out/bench $(BENCH_ARGS)
 
 # On a machine with a GPU: build, test, check the kernels, measure. DRY_RUN=1 does what needs no GPU (build, collect
 # the tests, run the GPU benchmarks' functions, build small matrices, time stages on the CPU) and prints the rest. On

@@ -32,7 +32,7 @@ def entries(target: Target) -> list[Entry | Rate]:
             record=record,
             once=name != "small-stem",
             quick=name == "small-stem",
-            long=name in ("alexnet-stem", "convnext-stem"),
+            long=name in ("alexnet-stem", "convnext-stem", "square-3-12-k5-s2"),
             on_cpu=name == "resnet-stem",
         )
         for name, make in sizes.items()

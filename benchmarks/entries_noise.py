@@ -13,6 +13,7 @@ from rconv_fast import defenses, models
 from rconv_fast.observation import SharedGradients
 
 SIGMAS = (1e-6, 1e-4, 1e-3, 1e-2)
+FAINT = 1e-6  # above it, and behind a rounding to 16 bits, a photo takes minutes
 NETWORKS = (("lenet_o", "leaky_relu"), ("cnn3", "relu"))
 N_PHOTOS = 4
 
@@ -41,9 +42,12 @@ def entries(target: Target) -> list[Rate]:
         where = f"{network}-{activation}"
         for sigma in SIGMAS:
             cases = {f"photo {i}": partial(noisy, network, activation, sigma, i, target) for i in range(N_PHOTOS)}
-            found.append(Rate(f"noise/{where}/gaussian-{sigma:g}/{target.name}", cases, ours, judge))
+            found.append(
+                Rate(f"noise/{where}/gaussian-{sigma:g}/{target.name}", cases, ours, judge, long=sigma > FAINT)
+            )
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             short = str(dtype).removeprefix("torch.")
             cases = {f"photo {i}": partial(rounded, network, activation, dtype, i, target) for i in range(N_PHOTOS)}
-            found.append(Rate(f"noise/{where}/{short}/{target.name}", cases, ours, judge))
+            long = dtype != torch.float32
+            found.append(Rate(f"noise/{where}/{short}/{target.name}", cases, ours, judge, long=long))
     return found
