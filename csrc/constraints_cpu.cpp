@@ -19,9 +19,10 @@ int threads_for(Cpu lane, int64_t n_entries) {
 
 // One thread's way through [begin, end), which it writes in full and in order.
 //
-// Large arrays come in pages of 2 MiB (constraints/backends/cpu.py). Linux clears a page when it is first touched,
-// from both ends towards the touched byte: last what is needed first. Touched at its end it is cleared
-// upwards throughout, which is a third faster than a page that is written from its beginning.
+// Large arrays come in pages of 2 MiB (constraints/backends/cpu.py). Linux clears a page when it is
+// first touched, from both ends towards the touched byte: last what is needed first. Touched at its
+// end it is cleared upwards throughout, which is a third faster than a page that is written from
+// its beginning.
 template <class T>
 class Pages {
  public:

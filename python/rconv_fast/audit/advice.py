@@ -76,10 +76,10 @@ def advise(
     candidates = [layer for layer in layers if _is_convolution(model, layer.name)]
     candidates = sorted(candidates, key=_equations_per_unknown)[:LAYERS_TRIED]
     found = [advice for layer in candidates for advice in (trials.filters(layer.name), trials.stride(layer.name))]
-    advices = [advice for advice in found if advice is not None]
-    advices.sort(key=lambda advice: (abs(advice.parameters), advice.change))
+    changes = [advice for advice in found if advice is not None]
+    changes.sort(key=lambda advice: (abs(advice.parameters), advice.change))
     larger = [_larger_batch(batch_size, max_batch_size)] if max_batch_size >= batch_size else []
-    return [*advices, *larger, *_noise(psnr_at)]
+    return [*changes, *larger, *_noise(psnr_at)]
 
 
 def is_broken(layers: Sequence[LayerRank]) -> tuple[bool, float]:

@@ -270,9 +270,9 @@ class _Tangents:
         run = self._problem.pieces.get(step.name, step.forward)
         if isinstance(step.rule, ActivationRule):
             return self.dense(step.inputs[0]) * _slope(run, operands[0]).reshape(-1, 1)
-        befores = [self.dense(o).reshape(*self._values[o].shape, self._n) for o in step.inputs]
+        before = [self.dense(o).reshape(*self._values[o].shape, self._n) for o in step.inputs]
         push = lambda *v: torch.func.jvp(run, tuple(operands), v)[1]  # noqa: E731
-        moved: Tensor = torch.func.vmap(push, -1, -1, chunk_size=256)(*befores)
+        moved: Tensor = torch.func.vmap(push, -1, -1, chunk_size=256)(*before)
         return moved.reshape(-1, self._n)
 
     def dense(self, name: str) -> Tensor:
