@@ -134,6 +134,17 @@ def test_a_global_average_is_passed_by_packing() -> None:
     assert "packing" in done.result.layers[0].patterns
 
 
+def test_a_global_average_of_positions_that_look_alike_says_so() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    )  # fmt: skip
+    x = photo(8)
+    x[..., 4:] = 0.5
+    result = attack(model.double(), x).result
+    assert not result.verified
+    assert "leave 16 patches open" in result.reason
+
+
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1)], ids=str)
 def test_two_convolutions_before_a_pool_are_merged(activation: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rconv_fast.walk.hidden.SCHEDULES", (SHARP,))

@@ -23,7 +23,7 @@ from rconv_fast.patterns.certificate import certify
 from rconv_fast.patterns.descent import descend
 from rconv_fast.patterns.least_squares import WeightedSolver, value_gram
 from rconv_fast.patterns.maxima import Maxima
-from rconv_fast.patterns.packing import find_columns
+from rconv_fast.patterns.packing import find_columns, rank_of
 from rconv_fast.patterns.problem import Convolution, Problem, Reading
 from rconv_fast.solve import ThroughRows, WeightRows
 
@@ -227,6 +227,27 @@ def test_columns_of_a_hidden_matrix_are_found_by_packing() -> None:
     found, _ = find_columns(columns @ patches, columns.sum(1), weight, bias, n, Budget.seconds(20))
     assert found is not None
     assert sorted(map(tuple, found.T)) == sorted(map(tuple, columns.T))
+
+
+def test_columns_are_found_where_neighbours_are_nearly_alike() -> None:
+    rng = np.random.default_rng(3)
+    n, filters, size = 16, 90, 40
+    waves = np.cos(np.linspace(0, np.pi, n)[:, None] * np.arange(1, 2 * n)) / np.arange(1, 2 * n) ** 1.5
+    patches = np.maximum(waves @ rng.standard_normal((2 * n - 1, size)), 0)
+    weight, bias = rng.standard_normal((filters, size)) / size**0.5, 0.1 * rng.standard_normal(filters)
+    columns = (patches @ weight.T + bias > 0).T.astype(float)
+    found, _ = find_columns(columns @ patches, columns.sum(1), weight, bias, n, Budget.seconds(20))
+    assert found is not None
+    assert sorted(map(tuple, found.T)) == sorted(map(tuple, columns.T))
+
+
+def test_no_column_is_sought_where_products_depend_on_each_other() -> None:
+    rng = np.random.default_rng(3)
+    weight, bias, patches = rng.standard_normal((60, 12)), np.zeros(60), rng.standard_normal((9, 12))
+    patches[8] = patches[7]
+    columns = (patches @ weight.T + bias > 0).T.astype(float)
+    assert rank_of(columns @ patches) == 8
+    assert find_columns(columns @ patches, columns.sum(1), weight, bias, 9, Budget.seconds(20)) == (None, 0)
 
 
 def test_overlapping_patches_are_put_in_their_places() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.patterns.least_squares import meeting_places
-from rconv_fast.patterns.packing import Array, find_columns
+from rconv_fast.patterns.packing import Array, find_columns, rank_of
 from rconv_fast.patterns.problem import Convolution, Reading
 
 if TYPE_CHECKING:
@@ -78,6 +78,22 @@ class Averages:
         return float((o.clamp_min(0).mean(-1) - self.value).abs().mean() / self.value.abs().mean())
 
 
+def rank_of_products(convolution: Convolution, averages: Averages) -> int:
+    """How many combinations of the patches the gradients are made of.
+
+    Fewer than positions: the filters' activities there depend on each other, and what is added to the patches along
+    that dependence, where they do not overlap, changes no gradient.
+    """
+    return rank_of(_products(convolution, averages).cpu().double().numpy())
+
+
+def _products(convolution: Convolution, averages: Averages) -> Tensor:
+    """``D_f = dW_f n / delta_f`` of the filters that have a gradient, (alive, C*K)."""
+    delta = averages.grad[0]
+    alive = delta != 0
+    return convolution.grad_weight.flatten(1)[alive] / delta[alive, None] * averages.positions
+
+
 def pack(convolution: Convolution, averages: Averages, grad_bias: Tensor, budget: Budget) -> tuple[Tensor | None, int]:
     """The pattern (1, F, U) by packing, or None; and the linear programs it took."""
     n, delta = averages.positions, averages.grad[0]
@@ -85,7 +101,7 @@ def pack(convolution: Convolution, averages: Averages, grad_bias: Tensor, budget
     counts = (grad_bias / delta * n)[alive]
     if float((counts - counts.round()).abs().max()) > WHOLE:
         return None, 0
-    products = (convolution.grad_weight.flatten(1) / delta[:, None] * n)[alive]
+    products = _products(convolution, averages)
     weight, bias = convolution.weight.flatten(1)[alive], convolution.bias[alive]
     d, sums, w, b = (t.cpu().double().numpy() for t in (products, counts.round(), weight, bias))
     columns, programs = find_columns(d, sums, w, b, n, budget)

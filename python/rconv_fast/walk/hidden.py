@@ -15,7 +15,7 @@ from rconv_fast.budget import Budget
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.patterns.alternation import DESCENT, GENTLE, MERGED, SHARP, SOFT, Attempt, Schedule, alternate, kicked
-from rconv_fast.patterns.averages import Averages, pack
+from rconv_fast.patterns.averages import Averages, pack, rank_of_products
 from rconv_fast.patterns.certificate import Fit, certify
 from rconv_fast.patterns.least_squares import WeightedSolver
 from rconv_fast.patterns.problem import Problem
@@ -119,6 +119,10 @@ def _search(searched: _Searched, options: Options) -> _Searched:
     system = problem.system(problem.hidden.tight(problem.hidden.choose(problem.front.output(zero))), zero)
     if system.count <= system.unknowns:
         return replace(searched, reason=f"{system.count} equations for {system.unknowns} unknowns prove no pattern")
+    if isinstance(averages := problem.hidden, Averages):
+        rank = rank_of_products(problem.front.last, averages)
+        if rank < averages.positions:
+            return replace(searched, reason=f"gradients of rank {rank} leave {averages.positions} patches open")
     if (least := WeightedSolver(problem.front.last).seconds) > options.budget.left:
         return replace(searched, reason=f"one step of a search takes {least:.0f} s: time_limit= allows it")
     for name, propose in _proposals(problem, chain):
