@@ -67,6 +67,15 @@ def test_wrong_bits_of_the_start_are_put_right() -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_bits_are_put_right_from_a_start_far_off_in_units_of_the_noise(seed: int) -> None:
+    torch.manual_seed(seed)
+    found, x, model, observation = solved(nn.ReLU, 1e-6, start=14.0)
+    bound = cramer_rao(model, "cross_entropy", x, torch.tensor([3]), observation.noise)
+    assert abs(found.z) < 4
+    assert psnr(found.inputs, x) > bound.psnr - 2.5
+
+
 @pytest.mark.parametrize("wrong", ["label", "scale"])
 def test_what_is_wrong_does_not_fit(wrong: str) -> None:
     model, x, y = network(nn.Tanh), photo(12, channels=1), torch.tensor([3])

@@ -74,20 +74,6 @@ def contradiction(inputs: Bits, deviations: Bits, bits: Bits) -> tuple[float, in
     return penalty, count
 
 
-def contradicting(inputs: Bits, deviations: Bits, bits: Bits) -> Tensor:
-    """Places of the bits that contradict the sign of their input, those that do most first."""
-    score = (_flat(inputs) / _flat(deviations)).abs()
-    wrong = ((_flat(inputs) > 0) != (_flat(bits) > 0.5)).nonzero().flatten()
-    return wrong[torch.argsort(score[wrong], descending=True)]
-
-
-def flip(bits: Bits, place: int) -> dict[str, Tensor]:
-    """`bits` with one turned over."""
-    places = torch.tensor([place])
-    value = 1 - _flat(bits)[places]
-    return Doubt(places, value).put(bits, value)
-
-
 def find_doubt(inputs: Bits, deviations: Bits, bits: Bits, inflate: float) -> Doubt:
     """The bits whose sign the deviations (times `inflate`) leave in doubt, and those that contradict it."""
     if not bits:
@@ -107,7 +93,7 @@ def settle(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The bits in doubt set to their most likely values, and x moved along; F is without the scale if that is free."""
     assert problem.graph is not None
-    start = (doubt.probability > 0.5).to(x)
+    start = _flat(bits)[doubt.places].to(x)
     free = {name: d.requires_grad_() for name, d in doubt.put(bits, start).items()}
     at = Linearisation(problem.with_pieces(hold(problem.graph, free)), x, list(free.values()))
     across, among = _second_derivatives(at, x, free, doubt)

@@ -16,22 +16,22 @@ from rconv_fast.estimate.gauss_newton import Fit, gauss_newton
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.information import Information
 from rconv_fast.estimate.noise_model import capped, entry_noise
-from rconv_fast.estimate.pieces import Bits, Piece, hold, same, signs
+from rconv_fast.estimate.pieces import Bits, Piece, hold, same, signs, turned_over
 from rconv_fast.observation import Observation
 from rconv_fast.patterns.pattern import Pattern
 from rconv_fast.solve.solution import Evidence
 
-# Rounds of Gauss-Newton and settling bits; each halves the wrong bits or so.
+# Rounds of Gauss-Newton and settling bits.
 ROUNDS = 14
-# More inner iterations than this in one round: the information has changed, it is formed anew, which costs as much.
-STALE = 200
+# With more bits than these turned over, the information is formed anew before the next fit, which then takes few steps.
+FEW = 16
 # A misfit above this many times the noise's own that as many rounds did not halve: the start is not near any answer.
 HOPELESS, PATIENCE = 1e4, 3
 # Least noise of an entry, in units of the root mean square of its tensor's: bounds the range of the weights until the
 # bits are known. Gradients of a narrow type have entries whose rounding is next to nothing.
 CAPS = (0.1, 0.0)
-# Contradicting bits that are flipped one by one at the end.
-FLIPS = 16
+# How far errors may be above what the noise makes them while bits are wrong: as many bits are taken as doubtful.
+INFLATIONS = (1.0, 4.0, 16.0, 64.0)
 # Runs of the client's arithmetic from which its share of the error bars is taken.
 ARITHMETIC_RUNS = 4
 
@@ -186,11 +186,9 @@ class _Candidate:
     penalty: float
     contradicting: int
     iterations: int
-    steps_cost: int
     information: Information
-    inputs: Bits
-    deviations: Bits
     doubt: bit.Doubt
+    inflation: float
 
     @property
     def score(self) -> float:
@@ -201,59 +199,68 @@ class _Candidate:
 def _finish(
     problem: GradientMap, x: Tensor, bits: Bits, budget: Budget, free_scale: bool, *, final: bool
 ) -> _Candidate:
-    """Rounds of Gauss-Newton with the bits held and of settling those in doubt; the best round.
+    """Rounds of settling bits and of Gauss-Newton with them held, while that improves; the best round.
 
-    Bits that come back end them; in the final ones only where the information there is fresh.
+    A bit turned over moves the gradients by many times their noise, nearly all of which a move of the input makes up
+    for: what is left of it is right only where the information is that of the very bits it is turned over from.
     """
-    best: _Candidate | None = None
-    halved, last = 0, math.inf  # the round that last halved the score, and that score
-    tried: list[Bits] = []
-    information: Information | None = None
-    for index in range(ROUNDS):
-        fresh = information is None
-        information = information or _information(problem.with_pieces(_hold(problem, bits)), x, free_scale)
-        found = _fit(problem, x, bits, information, budget, free_scale, best.iterations if best else 0)
-        best = found if best is None or found.score < best.score else replace(best, iterations=found.iterations)
-        problem, doubt = problem.with_scale(found.scale), found.doubt
-        halved, last = (index, best.score) if best.score < last / 2 else (halved, last)
-        stalled = index - halved >= PATIENCE and _is_hopeless(problem, best)
-        if not len(doubt) or budget.spent or stalled:
+    information, known_at = _information(problem, x, bits, free_scale), bits
+    x, bits = _settled(problem, x, bits, information, 1.0, free_scale)
+    if turned_over(bits, known_at) > FEW:
+        information, known_at = _information(problem, x, bits, free_scale), bits
+    best = _fit(problem, x, bits, information, budget, free_scale)
+    halved, last = 0, best.score  # the round that last halved the score, and that score
+    for index in range(1, ROUNDS):
+        problem = problem.with_scale(best.scale)
+        stalled = index - halved > PATIENCE and _is_hopeless(problem, best)
+        enough = not final and best.score < _entry_count(problem)
+        if enough or stalled or budget.spent or not len(best.doubt):
             break
-        tried.append(bits)
-        held = problem.with_pieces(_hold(problem, found.bits))
-        x, bits = bit.settle(held, found.x, found.bits, doubt, information, free_scale=free_scale)
-        if any(same(bits, other) for other in tried):
-            score = best.score
-            if not final:
-                break
-            if fresh:
-                best = _flip_contradicting(problem, best, budget, free_scale)
-                if not best.score < score:
-                    break
-            x, bits, information = best.x, best.bits, None
-        elif found.steps_cost > STALE:
-            information = None
-    assert best is not None
+        if not same(best.bits, known_at):
+            information, known_at = _information(problem, best.x, best.bits, free_scale), best.bits
+        x, bits = _settled(problem, best.x, best.bits, information, best.inflation, free_scale)
+        if same(bits, best.bits):
+            break
+        if turned_over(bits, known_at) > FEW:
+            information, known_at = _information(problem, x, bits, free_scale), bits
+        found = _fit(problem, x, bits, information, budget, free_scale, best.iterations)
+        if not found.score < best.score:
+            best = replace(best, iterations=found.iterations)
+            break
+        halved, last = (index, found.score) if found.score < last / 2 else (halved, last)
+        best = found
+    if final and not same(best.bits, known_at):
+        information = _information(problem, best.x, best.bits, free_scale)
+    if final and best.information is not information:
+        best = _fit(problem, best.x, best.bits, information, budget, free_scale, best.iterations)
     return best
+
+
+def _settled(
+    problem: GradientMap, x: Tensor, bits: Bits, information: Information, inflation: float, free_scale: bool
+) -> tuple[Tensor, Bits]:
+    """The doubtful bits settled, of all sets of them the one that fits best; as they are where none does better."""
+    held = problem.with_pieces(_hold(problem, bits))
+    errors = information.draw(bit.DRAWS, torch.Generator().manual_seed(0))
+    inputs, deviations = held.kink_inputs(x), bit.input_deviations(held, x, errors)
+    best, least, size = (x, bits), held.chi2(x), 0
+    for factor in INFLATIONS:
+        doubt = bit.find_doubt(inputs, deviations, bits, factor * inflation)
+        if len(doubt) == size:
+            continue
+        size = len(doubt)
+        moved, settled = bit.settle(held, x, bits, doubt, information, free_scale=free_scale)
+        chi2 = problem.with_pieces(_hold(problem, settled)).chi2(moved)
+        best, least = ((moved, settled), chi2) if chi2 < least else (best, least)
+    return best
+
+
+def _entry_count(problem: GradientMap) -> int:
+    return sum(g.numel() for g in problem.seen.values())
 
 
 def _is_hopeless(problem: GradientMap, found: _Candidate) -> bool:
-    return found.chi2 > HOPELESS * sum(g.numel() for g in problem.seen.values())
-
-
-def _flip_contradicting(problem: GradientMap, best: _Candidate, budget: Budget, free_scale: bool) -> _Candidate:
-    """The bits that contradict their input flipped one at a time, each time fitted anew, while that improves."""
-    improved = True
-    while improved and not budget.spent:
-        improved = False
-        for place in bit.contradicting(best.inputs, best.deviations, best.bits)[:FLIPS].tolist():
-            bits = bit.flip(best.bits, place)
-            found = _fit(problem, best.x, bits, best.information, budget, free_scale, best.iterations)
-            improved = found.score < best.score
-            best = found if improved else replace(best, iterations=found.iterations)
-            if improved:
-                break
-    return best
+    return found.chi2 > HOPELESS * _entry_count(problem)
 
 
 def _fit(
@@ -263,18 +270,18 @@ def _fit(
     information: Information,
     budget: Budget,
     free_scale: bool,
-    before: int,
+    before: int = 0,
 ) -> _Candidate:
-    """The best input for one pattern."""
+    """The best input for one pattern; `before`: iterations so far."""
     held = problem.with_pieces(_hold(problem, bits))
     fit = gauss_newton(held, x, information.solve, budget=budget, free_scale=free_scale)
     errors = information.draw(bit.DRAWS, torch.Generator().manual_seed(0))
     inputs, deviations = held.kink_inputs(fit.x), bit.input_deviations(held, fit.x, errors)
     penalty, wrong = bit.contradiction(inputs, deviations, bits)
-    doubt = bit.find_doubt(inputs, deviations, bits, _inflation(held, fit, x.numel()))
-    cost = fit.iterations
+    inflation = _inflation(held, fit, x.numel())
+    doubt = bit.find_doubt(inputs, deviations, bits, inflation)
     return _Candidate(
-        fit.x, fit.scale, bits, fit.chi2, penalty, wrong, before + cost, cost, information, inputs, deviations, doubt
+        fit.x, fit.scale, bits, fit.chi2, penalty, wrong, before + fit.iterations, information, doubt, inflation
     )
 
 
@@ -284,14 +291,14 @@ def _hold(problem: GradientMap, bits: Bits) -> dict[str, Piece]:
 
 def _inflation(problem: GradientMap, fit: Fit, unknowns: int) -> float:
     """How much larger than the noise makes them errors are while the fit is not yet good."""
-    entries = sum(g.numel() for g in problem.seen.values())
-    misfit = max(1.0, fit.chi2 / entries) * max(1.0, fit.decrement / unknowns)
+    misfit = max(1.0, fit.chi2 / _entry_count(problem)) * max(1.0, fit.decrement / unknowns)
     return max(1.0, math.sqrt(misfit) / 2)
 
 
-def _information(problem: GradientMap, x: Tensor, free_scale: bool) -> Information:
-    fisher = dense_fisher(problem, x)
-    return Information.create(without_scale(fisher, problem.at(x)) if free_scale else fisher, x.shape)
+def _information(problem: GradientMap, x: Tensor, bits: Bits, free_scale: bool) -> Information:
+    held = problem.with_pieces(_hold(problem, bits))
+    fisher = dense_fisher(held, x)
+    return Information.create(without_scale(fisher, held.at(x)) if free_scale else fisher, x.shape)
 
 
 def _first_bits(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> Bits:
