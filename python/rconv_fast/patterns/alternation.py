@@ -34,6 +34,9 @@ CLEAR = 0.03
 # The alternation gives up after a schedule's patience of iterations that do not gain a tenth.
 GAIN = 0.9
 SMALLEST_SIGMA = 1e-15
+# Values are met no better than this share of what the gradients are missed by, both relative: where few values hold a
+# part of x, wrong positions can meet them to rounding, and would be trusted more than all the gradients.
+TIED = 0.1
 # How often a step is halved that makes the misfit grow by more than this factor, where equations are linear only near
 # the iterate. Positions jump, so a good step may lose a little.
 HALVINGS, WORSE = 4, 1.5
@@ -71,7 +74,7 @@ class Schedule:
     floor: float = 0.3
     descent: bool = False
     patience: int = 8
-    iterations: int = 30
+    iterations: int = 60
 
 
 SHARP = Schedule("sharp")
@@ -211,7 +214,8 @@ def _step(problem: Problem, solver: Solver, schedule: Schedule, state: _State) -
         o = front.output(state.x)
         pattern = hidden.choose(o)
         size = 1.5 * float(torch.quantile(hidden.residual(o, pattern).abs(), schedule.quantile))
-        state.sigma = max(size, schedule.floor * state.sigma, SMALLEST_SIGMA)
+        least = TIED * _gradient_miss(problem, state.x, pattern) * float(o.std())
+        state.sigma = max(size, least, schedule.floor * state.sigma, SMALLEST_SIGMA)
         if schedule.descent and len(state.history) > 1:
             pattern = hidden.refined(front.last, front.before_last(state.x), pattern, state.sigma)
         reading = hidden.robust(o, pattern, state.sigma, schedule)
@@ -224,6 +228,13 @@ def _balance(c: Convolution, reading: Reading) -> Tensor:
     values = float(c.back(reading.weight, c.weight.square()).mean())
     gradients = float(c.back(reading.g.square(), torch.ones_like(c.weight)).mean())
     return c.weight.new_full((len(c.weight),), values / gradients)
+
+
+def _gradient_miss(problem: Problem, x: Tensor, pattern: Tensor) -> float:
+    """The median over the last layer's filters of ``||B x - dW|| / ||dW||``."""
+    last = problem.front.misses(x, problem.hidden.tight(pattern).g)[0]
+    relative = last.miss.flatten(1).norm(dim=1) / last.seen.flatten(1).norm(dim=1)
+    return float(relative[last.alive].median()) if bool(last.alive.any()) else 0.0
 
 
 def _filter_weights(problem: Problem, x: Tensor, reading: Reading, sigma: float) -> list[Tensor]:
