@@ -13,7 +13,7 @@ import torch
 from json_schema import violations
 from rconv_fast.progress import Event
 from rconv_fast.report.payload import schema_of
-from rconv_fast.verdict import Inversion
+from rconv_fast.result import Inversion
 from results import exact
 
 

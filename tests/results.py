@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from rconv_fast.result import Inversion, Sample
 from rconv_fast.solve import Evidence
-from rconv_fast.verdict import Inversion, Sample
 from rconv_fast.walk.report import LayerReport
 
 EVIDENCE = Evidence(

@@ -47,7 +47,8 @@ def test_a_wrong_derivative_is_refused_by_name() -> None:
 @pytest.mark.usefixtures("rules")
 def test_that_the_usual_rule_agreed_says_nothing_of_another_of_its_class() -> None:
     build_graph(network(nn.Sigmoid()), {}, (6,), 1)
-    tanh = rule_of(nn.Tanh(), None)  # type: ignore[arg-type]
-    register_rule(nn.Sigmoid, lambda module, _: replace(rule_of(module, _), activation=tanh.activation))
+    register_rule(
+        nn.Sigmoid, lambda module, call: replace(rule_of(module, call), activation=rule_of(nn.Tanh(), call).activation)
+    )
     with pytest.raises(WrongRuleError):
         build_graph(network(nn.Sigmoid()), {}, (6,), 1)

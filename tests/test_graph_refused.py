@@ -83,7 +83,10 @@ def test_an_optional_second_input_takes_its_default() -> None:
 )
 def test_logits_in_a_container_are_found(wrap: Callable[[Tensor, Tensor], Any]) -> None:
     model = Network(lambda net, x: wrap(functional(net, x), x)).double()
-    loss = lambda out, y: F.cross_entropy(logits_in(out), y)  # noqa: E731
+
+    def loss(out: Any, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits_in(out), y)
+
     x = photo(SIZE)
     assert invert(model, gradients_of(model, x, loss=loss), x.shape[1:]).verified
 

@@ -41,9 +41,13 @@ def of_steps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 STAGES = {
     "head": ("rconv_fast.invert.head_candidates", {}, False),
     "layer": ("rconv_fast.walk.pass_.solve", {}, True),
-    "joint estimate first": ("rconv_fast.invert.joint_answer", {"noise": 1e-3}, True),
-    "joint estimate of rounded gradients": ("rconv_fast.invert.joint_answer", {"dtype of gradients": "bfloat16"}, True),
-    "polish": ("rconv_fast.invert.polish", {"dtype of gradients": "float32"}, True),
+    "joint estimate first": ("rconv_fast.one_reading.joint_answer", {"noise": 1e-3}, True),
+    "joint estimate of rounded gradients": (
+        "rconv_fast.one_reading.joint_answer",
+        {"dtype of gradients": "bfloat16"},
+        True,
+    ),
+    "polish": ("rconv_fast.one_reading.polish", {"dtype of gradients": "float32"}, True),
     "several steps": ("rconv_fast.invert.answer_of_steps", {"steps": 2}, True),
 }
 

@@ -218,15 +218,20 @@ def test_rows_through_a_map_are_the_rows_of_what_it_makes() -> None:
     assert rows.to(torch.float32).apply(v.float()).dtype == torch.float32
 
 
+def assert_columns_are_found(patches: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> None:
+    """Which filters are active on each patch, up to the order of the patches."""
+    columns = (patches @ weight.T + bias > 0).T.astype(float)
+    found, _ = find_columns(columns @ patches, columns.sum(1), weight, bias, len(patches), Budget.seconds(20))
+    assert found is not None
+    assert sorted(map(tuple, found.T)) == sorted(map(tuple, columns.T))
+
+
 def test_columns_of_a_hidden_matrix_are_found_by_packing() -> None:
     rng = np.random.default_rng(3)
     n, filters, size = 9, 60, 12
     patches = rng.standard_normal((n, size))
     weight, bias = rng.standard_normal((filters, size)), 0.3 * rng.standard_normal(filters)
-    columns = (patches @ weight.T + bias > 0).T.astype(float)
-    found, _ = find_columns(columns @ patches, columns.sum(1), weight, bias, n, Budget.seconds(20))
-    assert found is not None
-    assert sorted(map(tuple, found.T)) == sorted(map(tuple, columns.T))
+    assert_columns_are_found(patches, weight, bias)
 
 
 def test_columns_are_found_where_neighbours_are_nearly_alike() -> None:
@@ -235,10 +240,7 @@ def test_columns_are_found_where_neighbours_are_nearly_alike() -> None:
     waves = np.cos(np.linspace(0, np.pi, n)[:, None] * np.arange(1, 2 * n)) / np.arange(1, 2 * n) ** 1.5
     patches = np.maximum(waves @ rng.standard_normal((2 * n - 1, size)), 0)
     weight, bias = rng.standard_normal((filters, size)) / size**0.5, 0.1 * rng.standard_normal(filters)
-    columns = (patches @ weight.T + bias > 0).T.astype(float)
-    found, _ = find_columns(columns @ patches, columns.sum(1), weight, bias, n, Budget.seconds(20))
-    assert found is not None
-    assert sorted(map(tuple, found.T)) == sorted(map(tuple, columns.T))
+    assert_columns_are_found(patches, weight, bias)
 
 
 def test_no_column_is_sought_where_products_depend_on_each_other() -> None:

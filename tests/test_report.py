@@ -21,7 +21,7 @@ from rconv_fast.containers import read_state
 from rconv_fast.errors import ArgumentError, RconvError
 from rconv_fast.progress import Event, LogLines, ProgressDisplay
 from rconv_fast.report import files, page, payload, pictures, png, text
-from rconv_fast.verdict import Sample
+from rconv_fast.result import Sample
 from results import LAYER, exact, features
 
 

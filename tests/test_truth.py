@@ -284,7 +284,7 @@ def test_a_model_that_asks_what_it_got_gives_label_and_tokens() -> None:
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_loud_noise_is_verified_with_error_bars_only(batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no joint estimate can be had, a fit to loud noise says nothing of what the noise hides."""
-    monkeypatch.setattr(sys.modules["rconv_fast.invert"], "DENSE_UP_TO", 0)
+    monkeypatch.setattr(sys.modules["rconv_fast.one_reading"], "DENSE_UP_TO", 0)
     model = network()
     shared = gradients_of(model, photo(SIZE))
     result = invert(model, shared, (3, SIZE, SIZE), noise=0.1, batch_size=batch_size)
@@ -293,6 +293,24 @@ def test_loud_noise_is_verified_with_error_bars_only(batch_size: int | None, mon
     assert result.verdict == "approximate"
     coarse = {name: g.bfloat16() for name, g in shared.items()}
     assert not invert(model, coarse, (3, SIZE, SIZE), batch_size=batch_size).verified
+
+
+def test_an_estimate_that_does_not_fit_is_made_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, model, made = sys.modules["rconv_fast.one_reading"], network(), []
+    original = module.joint_answer
+    monkeypatch.setattr(
+        module, "joint_answer", lambda *args, **given: made.append(original(*args, **given)) or made[-1]
+    )
+    monkeypatch.setattr(module, "fits", lambda *_: False)
+    shared = {
+        name: g + 1e-3 * g.square().mean().sqrt() * torch.randn_like(g)
+        for name, g in gradients_of(model, photo(SIZE)).items()
+    }
+    result = invert(model, shared, (3, SIZE, SIZE), noise=1e-3)
+    assert len(made) == 1
+    assert result.inputs is not None
+    assert torch.equal(result.inputs, made[0].inputs)
+    assert not result.verified
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -23,8 +23,8 @@ from rconv_fast.invert import invert
 from rconv_fast.metrics import match_samples, mse, psnr, ssim
 from rconv_fast.observation import SharedGradients
 from rconv_fast.recover import ConvRecovery, constraint_operator, recover_conv_input
+from rconv_fast.result import Inversion, Sample
 from rconv_fast.updates import gradients_from_update
-from rconv_fast.verdict import Inversion, Sample
 from rconv_fast.walk.report import LayerReport
 
 __version__ = version()

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rconv_fast.baselines.chain import SHAPES_ONLY, chain_of
 from rconv_fast.baselines.labels import label_of_one, last_layer
 from rconv_fast.baselines.problem import Options, Problem, posed
+from rconv_fast.result import Inversion
 from rconv_fast.solve import Evidence
-from rconv_fast.verdict import Inversion
 from rconv_fast.walk.report import LayerReport
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rconv_fast.baselines.inverting_gradients import inverting_gradients
 from rconv_fast.baselines.problem import Options
 from rconv_fast.errors import ArgumentError
-from rconv_fast.verdict import Inversion
+from rconv_fast.result import Inversion
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -14,7 +14,7 @@ from rconv_fast.baselines.matching import Objective, descend, squared
 from rconv_fast.baselines.problem import Options, Problem, posed
 from rconv_fast.baselines.rgap import LOGISTIC, Head, best_reading, logistic_heads
 from rconv_fast.errors import require
-from rconv_fast.verdict import Inversion
+from rconv_fast.result import Inversion
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

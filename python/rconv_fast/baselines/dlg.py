@@ -12,7 +12,7 @@ from rconv_fast.baselines.labels import given_or_read
 from rconv_fast.baselines.matching import Descent, Objective, best_of, descend, squared
 from rconv_fast.baselines.problem import Options, Problem, posed
 from rconv_fast.errors import require
-from rconv_fast.verdict import Inversion
+from rconv_fast.result import Inversion
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

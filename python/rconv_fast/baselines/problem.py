@@ -18,7 +18,7 @@ from rconv_fast.losses import Loss
 from rconv_fast.observation import Noise, Observation
 from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
-from rconv_fast.verdict import Inversion, Sample
+from rconv_fast.result import Inversion, Sample
 from rconv_fast.walk.report import LayerReport
 from rconv_fast.wrappers import working_copy
 

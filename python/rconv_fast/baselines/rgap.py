@@ -15,7 +15,7 @@ from rconv_fast.baselines.chain import SHAPES_ONLY, Chain, Reached, chain_of, re
 from rconv_fast.baselines.problem import Options, Problem, posed
 from rconv_fast.errors import require
 from rconv_fast.layers.activation import of_module
-from rconv_fast.verdict import Inversion
+from rconv_fast.result import Inversion
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -15,7 +15,7 @@ from rconv_fast import progress
 from rconv_fast.cli import DONE, INTERRUPTED, LESS, screen
 from rconv_fast.errors import InterruptedInversionError
 from rconv_fast.report import files, page, payload, pictures
-from rconv_fast.verdict import Inversion
+from rconv_fast.result import Inversion
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rconv_fast.report import text
-from rconv_fast.verdict import Inversion
+from rconv_fast.result import Inversion
 
 # What goes first where the terminal is too narrow for all columns.
 DISPENSABLE = ("cond", "rank", "proof", "residual", "kind", "seconds", "rows")

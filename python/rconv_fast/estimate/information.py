@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rconv_fast.errors import LinAlgError
+
 # A direction with this share of its value's information or less says nothing; it is open.
 OPEN = 1e-12
 # With the shift by OPEN alone a fully open value would have the variance 1 / OPEN.
@@ -73,9 +75,10 @@ class Information:
 def _cholesky(matrix: Tensor) -> Tensor:
     """Of a matrix with unit diagonal that rounding may have made slightly indefinite."""
     shift = OPEN
-    while True:
+    while shift < 1:
         factor, failed = torch.linalg.cholesky_ex(matrix + shift * torch.eye(len(matrix)).to(matrix))
         if not bool(failed):
             root: Tensor = factor
             return root
         shift *= 10
+    raise LinAlgError("Information: F is no matrix of squares; its values left float64")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rconv_fast.errors import RconvError
 from rconv_fast.invert import invert
 from rconv_fast.observation import SharedGradients
+from rconv_fast.result import Inversion
 from rconv_fast.updates import gradients_from_update
-from rconv_fast.verdict import Inversion
 from rconv_fast.wrappers import working_copy
 
 

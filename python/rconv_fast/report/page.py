@@ -12,7 +12,7 @@ from rconv_fast.report.payload import plain
 from rconv_fast.report.style import STYLE
 
 if TYPE_CHECKING:
-    from rconv_fast.verdict import Inversion
+    from rconv_fast.result import Inversion
 
 
 @dataclass(frozen=True)

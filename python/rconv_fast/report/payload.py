@@ -20,7 +20,7 @@ from torch import Tensor
 from rconv_fast.errors import require
 
 if TYPE_CHECKING:
-    from rconv_fast.verdict import Inversion
+    from rconv_fast.result import Inversion
 
 INVERSION_SCHEMA = "rconv_fast.inversion/1"
 # Where each kind is described.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from rconv_fast.verdict import Inversion
+    from rconv_fast.result import Inversion
 
 MAX_SAMPLES = 16  # of a figure; a larger batch is cut, which the title then says
 OPEN = (0.85, 0.0, 0.75)  # the colour over pixels that the gradients leave open

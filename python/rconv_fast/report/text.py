@@ -11,7 +11,7 @@ from torch import Tensor
 from rconv_fast.report.payload import present
 
 if TYPE_CHECKING:
-    from rconv_fast.verdict import Inversion
+    from rconv_fast.result import Inversion
 
 LAYER_COLUMNS = ("layer", "kind", "rows", "unknowns", "rank", "cond", "residual", "seconds", "proof", "solver")
 SAMPLE_COLUMNS = ("label", "status", "error", "certificate", "times")

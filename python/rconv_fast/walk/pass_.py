@@ -164,7 +164,7 @@ class _Recursion(Tables):
             raise self.unpassed_norm(step)
         system = self.system(step, rows, known)
         best = self._solve_once(system, step, label)
-        contradicts = best.residual > self.options.bar and best.converged and best.rows > best.unknowns
+        contradicts = best.residual > self.options.bar and best.converged and best.rows > best.rank
         if contradicts and chosen is not None:
             self.contradiction = Contradiction(step.name, chosen.name, self.factors.get(chosen.name, THRESHOLD_FACTOR))
         if self.options.prior is not None and step.name == self.graph.input and not bool(best.determined.all()):
