@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from rconv_fast.budget import Budget
-from rconv_fast.solve.conjugate import LeastSquares
+from rconv_fast.solve.conjugate import LeastSquares, dot
 from rconv_fast.solve.krylov import KrylovResult, Plateau, Progress
 from rconv_fast.solve.rows import System, norm
+from rconv_fast.solve.tiles import Products, products
 
 # The sets change first after so many iterations, then after so many more until the residual is down to COARSE; from
 # there each time it has fallen by FALL, and above CLEAN values are only held.
@@ -32,7 +33,7 @@ HOLD, RELEASE, RELEASE_LATE = 1.5, 2.5, 8.0
 class PinnedLeastSquares(LeastSquares):
     """``min ||r - M x||`` for x that is 0 where not `free`; diagonal: the inverse of that of ``M^T M``."""
 
-    def __init__(self, system: System, r: list[Tensor], diagonal: Tensor) -> None:
+    def __init__(self, system: Products, r: list[Tensor], diagonal: Tensor) -> None:
         self.free = torch.ones_like(diagonal)
         self.last = torch.zeros_like(diagonal)
         super().__init__(system.apply, system.adjoint, r, lambda s: s * diagonal * self.free)
@@ -43,10 +44,10 @@ class PinnedLeastSquares(LeastSquares):
         super().step()
 
     def _slope(self) -> Tensor:
-        return torch.sum(self.s * self.p)
+        return dot(self.s, self.p)
 
     def _beta(self) -> Tensor:
-        ratio = (self.gamma - torch.sum(self.s * self.last)) / self.before
+        ratio = (self.gamma - dot(self.s, self.last)) / self.before
         return torch.minimum(ratio.clamp_min(0.0), self.gamma / self.before)
 
     def hold(self, free: Tensor) -> None:
@@ -85,7 +86,7 @@ def solve_with_zeros(
     if scale == 0.0:
         return None
     x, size = torch.zeros(system.shape, dtype=system.rhs[0].dtype, device=diagonal.device), scale
-    inner = system.to(inner_dtype)
+    inner = products(system, inner_dtype)
     inside = PinnedLeastSquares(inner, [b / size for b in inner.rhs], diagonal)
     reference = start = float(inside.gamma.clamp_min(0.0).sqrt())
     if start == 0.0:
@@ -114,7 +115,8 @@ def solve_with_zeros(
             before, size = size, norm(residual)
             if size <= rtol * scale:
                 return KrylovResult(x, iteration, size / scale, True)
-            inside.renew([(part / size).to(inner_dtype) for part in residual], before / size)
+            rows = [part / size for part in residual]
+            inside.renew(rows if coarse else inner.rows(rows), before / size)
             reference = float(inside.gamma.clamp_min(0.0).sqrt())
             coarse = coarse and size > COARSE * scale
         inside.turn()

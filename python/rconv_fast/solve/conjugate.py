@@ -21,6 +21,11 @@ from torch import Tensor
 Preconditioner = Callable[[Tensor], Tensor]
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two tensors of the same shape, in one pass."""
+    return torch.dot(a.flatten(), b.flatten())
+
+
 def identity(v: Tensor) -> Tensor:
     """No preconditioner."""
     return v
@@ -50,7 +55,7 @@ class ConjugateGradients(ABC):
         """Take `s` for what is left of the right-hand side."""
         self.s = s
         self.z = self.preconditioner(s)
-        self.gamma = torch.sum(self.s * self.z)
+        self.gamma = dot(self.s, self.z)
 
     def step(self) -> None:
         """Go to the minimum along p."""
@@ -90,7 +95,7 @@ class Symmetric(ConjugateGradients):
 
     def _product(self) -> Tensor:
         self._q = self.apply(self.p)
-        return torch.sum(self.p * self._q)
+        return dot(self.p, self._q)
 
     def _remaining(self, alpha: Tensor) -> Tensor:
         return self.s.addcmul(self._q, alpha, value=-1)
@@ -147,7 +152,7 @@ class LeastSquares(ConjugateGradients):
 
     def _product(self) -> Tensor:
         self._q = self.apply(self.p)
-        return functools.reduce(torch.add, [torch.sum(part * part) for part in self._q])
+        return functools.reduce(torch.add, [dot(part, part) for part in self._q])
 
     def _remaining(self, alpha: Tensor) -> Tensor:
         self.r = [ri.addcmul(qi, alpha, value=-1) for ri, qi in zip(self.r, self._q, strict=True)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.solve.conjugate import LeastSquares, Preconditioner
 from rconv_fast.solve.rows import System, norm
+from rconv_fast.solve.tiles import products
 
 Progress = Callable[[int, float], None]
 
@@ -103,12 +104,12 @@ def refine(
     x = torch.zeros(system.shape, dtype=rhs[0].dtype, device=rhs[0].device)
     if scale == 0.0:
         return KrylovResult(x, 0, 0.0, True)
-    inner = system if inner_dtype in (None, rhs[0].dtype) else system.to(inner_dtype)
-    dtype = inner.rhs[0].dtype
+    dtype = rhs[0].dtype if inner_dtype is None else inner_dtype
+    inner = products(system, dtype)
     floor, rounding = (ROUNDING_UNITS * torch.finfo(d).eps for d in (dtype, x.dtype))
     check, unchecked = 1, MAX_UNCHECKED.get(x.device.type, 1)
     size = scale  # the inner iteration works in units of the last recomputed residual
-    inside = LeastSquares(inner.apply, inner.adjoint, [(part / size).to(dtype) for part in rhs], preconditioner)
+    inside = LeastSquares(inner.apply, inner.adjoint, inner.rows([part / size for part in rhs]), preconditioner)
     reference = start = _root(float(inside.gamma))
     if start <= floor:
         return KrylovResult(x, 0, 1.0, True)
@@ -142,7 +143,7 @@ def refine(
                     inside.x.zero_()
                     if size <= rtol * scale:
                         return KrylovResult(x, iteration, size / scale, True)
-                    inside.renew([(part / size).to(dtype) for part in residual], factor)
+                    inside.renew(inner.rows([part / size for part in residual]), factor)
                     reference = _root(float(inside.gamma))
                     if reference <= floor or reference * size > STALL * last:
                         return KrylovResult(x, iteration, size / scale, True)

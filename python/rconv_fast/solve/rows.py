@@ -305,7 +305,13 @@ class System:
 
     def to(self, dtype: torch.dtype) -> System:
         """The system in another dtype."""
+        if all(part.dtype == dtype for part in self.rhs):
+            return self
         return replace(self, blocks=tuple(block.to(dtype) for block in self.blocks))
+
+    def rows(self, parts: Iterable[Tensor]) -> list[Tensor]:
+        """Parts of a residual in the precision of the system."""
+        return [part.to(own.dtype) for part, own in zip(parts, self.rhs, strict=True)]
 
     def residual(self, x: Tensor) -> float:
         """``||b - M x|| / ||b||``, in float64."""
