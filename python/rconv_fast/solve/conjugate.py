@@ -42,6 +42,8 @@ class ConjugateGradients(ABC):
         What is left of the right-hand side, the same preconditioned, the direction.
     gamma, before : Tensor
         ``<s, z>``, now and one step ago.
+    alpha : Tensor
+        How far the last step went along p.
     """
 
     def __init__(self, s: Tensor, preconditioner: Preconditioner) -> None:
@@ -60,10 +62,10 @@ class ConjugateGradients(ABC):
     def step(self) -> None:
         """Go to the minimum along p."""
         curvature = self._product()
-        alpha = self._slope() / curvature
+        self.alpha = self._slope() / curvature
         self.before = self.gamma
-        self.x.addcmul_(self.p, alpha)
-        self.look(self._remaining(alpha))
+        self.x.addcmul_(self.p, self.alpha)
+        self.look(self._remaining(self.alpha))
 
     def turn(self) -> None:
         """The next direction, conjugate to the last ones."""

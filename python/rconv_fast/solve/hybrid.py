@@ -22,6 +22,7 @@ from rconv_fast.solve.plan import JACOBI, NOISY, OUTPUTS, Built, Plan, plans
 from rconv_fast.solve.preconditioners import inverse_diagonal
 from rconv_fast.solve.rank import MAX_FACTORED_UNKNOWNS, Accept, Recover, contracts, factored_condition, probe, touched
 from rconv_fast.solve.rows import System, balance
+from rconv_fast.solve.signs import fixed_by_signs
 from rconv_fast.solve.solution import Evidence, Solution
 
 # Largest system that is decided by eigenvalues when the iterations leave its rank open: half a minute on two cores
@@ -48,7 +49,7 @@ class Attempt:
     built: Built
     result: KrylovResult
     residual: float
-    patience: float
+    zeros_held: bool = False
 
     def fits(self, rtol: float) -> bool:
         """Whether rows that were left out, or only sketched, hold as well as the others."""
@@ -67,7 +68,7 @@ def solve_hybrid(
     """Solve all blocks together; the rank is computed where it is in doubt and can be.
 
     Nothing is said to be determined where the iterations did not suffice. That unknowns are `nonnegative` helps to find
-    the answer, and counts for nothing where it is proven to be the only one.
+    the answer, and to prove it the only one of that kind.
     """
     n = math.prod(system.shape)
     open_anyway = system.count < system.unknowns
@@ -85,7 +86,7 @@ def solve_hybrid(
     if exact and not full:  # for the rank itself, and the minimum norm
         return _solve_dense(balance(system, 1.0), rtol)
     evidence = Evidence(
-        rank=system.unknowns if full else min(system.count, system.unknowns - 1),
+        rank=system.unknowns if full and proof != "nonnegative" else min(system.count, system.unknowns - 1),
         unknowns=system.unknowns,
         rows=system.count,
         residual=best.residual,
@@ -116,12 +117,12 @@ def _best_attempt(
         built = plan.way.build(balanced, torch.float32 if plan.mixed else system.rhs[0].dtype)
         if built is None:
             continue
-        result, patience = None, PROBE_PATIENCE
+        result = None
         if zeros and plan.way in (JACOBI, OUTPUTS) and plan.mixed:
-            result, patience = _iterate_with_zeros(plan, built, rtol, budget, progress), PATIENCE_AFTER_ZEROS
-        if result is None:
-            result, patience = _iterate(plan, built, rtol, budget, progress), PROBE_PATIENCE
-        attempts.append(Attempt(plan, built, result, balanced.residual(result.x), patience))
+            result = _iterate_with_zeros(plan, built, rtol, budget, progress)
+        held = result is not None
+        result = result or _iterate(plan, built, rtol, budget, progress)
+        attempts.append(Attempt(plan, built, result, balanced.residual(result.x), held))
         if result.converged and attempts[-1].fits(rtol):
             return attempts[-1]
     return min(attempts, key=lambda attempt: attempt.residual)
@@ -141,7 +142,21 @@ def _what_is_fixed(system: System, best: Attempt, exact: bool, budget: Budget) -
     quick = best.result.iterations <= MAX_QUICK_ITERATIONS
     if quick and contracts(best.built.system, best.built.preconditioner):
         return held, "cholesky", math.nan
+    if best.zeros_held and bool(held.all()) and _follows_from_signs(best, budget):
+        return held, "nonnegative", math.nan
     return probe(best.built.system, _recover(best, budget)), "probe", math.nan
+
+
+def _follows_from_signs(best: Attempt, budget: Budget) -> bool:
+    """Whether an answer with zeros is the only one without negative values."""
+    return fixed_by_signs(
+        best.built.system,
+        best.result.x == 0,
+        inverse_diagonal(best.built.system, torch.float32),
+        inner_dtype=torch.float32,
+        max_iterations=best.result.iterations,
+        budget=budget,
+    )
 
 
 def _iterate_with_zeros(
@@ -212,6 +227,7 @@ PROBE_EVERY, PROBE_PATIENCE, PATIENCE_AFTER_ZEROS = 10, 1.5, 4.0
 def _recover(attempt: Attempt, budget: Budget) -> Recover:
     """The same solver for other right-hand sides, as a probe wants it."""
     mixed = attempt.plan.mixed
+    patience = PATIENCE_AFTER_ZEROS if attempt.zeros_held else PROBE_PATIENCE
 
     def recover(rhs: list[Tensor], accept: Accept) -> Tensor:
         return refine(
@@ -221,7 +237,7 @@ def _recover(attempt: Attempt, budget: Budget) -> Recover:
             inner_dtype=torch.float32 if mixed else None,
             inner_rtol=MIXED_REPLACEMENT if mixed else REPLACEMENT,
             rtol=0.0,
-            max_iterations=max(PROBE_EVERY, int(attempt.patience * attempt.result.iterations)),
+            max_iterations=max(PROBE_EVERY, int(patience * attempt.result.iterations)),
             accept=accept,
             accept_every=min(PROBE_EVERY, max(1, attempt.result.iterations // PROBE_EVERY)),
             budget=budget,
