@@ -186,6 +186,7 @@ def _iterate(plan: Plan, built: Built, rtol: float, budget: Budget, progress: Pr
             max_iterations=most,
             budget=budget,
             progress=progress,
+            scarce=plan.scarce,
         )
     coarse = refine(
         system,
@@ -196,8 +197,9 @@ def _iterate(plan: Plan, built: Built, rtol: float, budget: Budget, progress: Pr
         max_iterations=most,
         budget=budget,
         progress=progress,
+        scarce=plan.scarce,
     )
-    settled = coarse.converged and rtol > NOISY  # float32 products are finer than the noise
+    settled = coarse.given_up or (coarse.converged and rtol > NOISY)  # float32 products are finer than the noise
     if settled or coarse.residual <= max(rtol, MIXED_ENOUGH) or coarse.iterations >= most or budget.spent:
         return coarse
     rhs = [b - q for b, q in zip(system.rhs, system.apply(coarse.x), strict=True)]

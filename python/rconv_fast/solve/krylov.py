@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class KrylovResult:
-    """Solution, iterations, relative residual, and whether the normal equations are solved."""
+    """Solution, iterations, relative residual, whether the normal equations are solved, or are given up."""
 
     x: Tensor
     iterations: int
     residual: float
     converged: bool
+    given_up: bool = False
 
 
 class InterruptedSolve(KeyboardInterrupt):
@@ -73,6 +74,7 @@ def refine(
     accept: Callable[[Tensor], bool] | None = None,
     accept_every: int = 10,
     budget: Budget = NO_LIMIT,
+    scarce: bool = False,
 ) -> KrylovResult:
     """Solve ``min ||rhs - M x||`` from 0.
 
@@ -98,6 +100,9 @@ def refine(
         Looks at x every `accept_every` iterations and may end the iteration.
     budget : Budget
         Stop when it is spent.
+    scarce : bool
+        Whether there are so few rows that the iteration may slow down for good: stop as soon as its pace says that it
+        will not end in `max_iterations`.
     """
     rhs = system.rhs if rhs is None else rhs
     scale = norm(rhs)
@@ -113,7 +118,8 @@ def refine(
     reference = start = _root(float(inside.gamma))
     if start <= floor:
         return KrylovResult(x, 0, 1.0, True)
-    plateau, iteration, renewed_once, converged = Plateau(), 0, False, False
+    pace = Pace(rtol, max_iterations) if scarce else None
+    plateau, iteration, renewed_once, converged, given_up = Plateau(), 0, False, False, False
     try:
         while iteration < max_iterations:
             iteration += 1
@@ -129,6 +135,9 @@ def refine(
                 if progress is not None:
                     progress(iteration, relative)
                 if not math.isfinite(relative) or budget.spent:
+                    break
+                given_up = pace is not None and pace.hopeless(iteration, relative)
+                if given_up:
                     break
                 plateau.look(iteration, relative)
                 if renewed_once and squared < FAST**2 * before and relative < rounding:
@@ -155,7 +164,7 @@ def refine(
         raise InterruptedSolve(x + inside.x.to(x.dtype) * size) from None
     x = x + inside.x.to(x.dtype) * size
     final = norm([bi - qi for bi, qi in zip(rhs, system.apply(x), strict=True)]) / scale
-    return KrylovResult(x, iteration, final, converged)
+    return KrylovResult(x, iteration, final, converged, given_up)
 
 
 def _root(gamma: float) -> float:
@@ -190,3 +199,29 @@ class Plateau:
             usual = self.since / math.log2(1 / self.best)
             patience = min(most, max(PATIENCE_AT_ROUNDING, LONG_PLATEAU * usual))
         return iteration - self.since > patience
+
+
+# The pace of the second half of at least so many iterations counts; it may still grow by this factor.
+PACED_FROM, SPEEDING = 800, 1.5
+
+
+@dataclass
+class Pace:
+    """How a residual fell, and how many iterations it takes at that pace.
+
+    Where equations suffice it falls by the same factor in each hundred iterations; where they hardly do, ever slower.
+    """
+
+    rtol: float
+    most: int
+    seen: list[tuple[int, float]] = field(default_factory=list)
+
+    def hopeless(self, iteration: int, relative: float) -> bool:
+        """Take note of the residual after an iteration; whether it will not get to `rtol` in `most`."""
+        self.seen.append((iteration, math.log(max(relative, self.rtol))))
+        if iteration < PACED_FROM:
+            return False
+        middle, before = self.seen[len(self.seen) // 2]
+        now = self.seen[-1][1]
+        gained, left = before - now, now - math.log(self.rtol)
+        return left * (iteration - middle) > gained * (SPEEDING * self.most - iteration)

@@ -217,11 +217,12 @@ WAYS = (INVERSE, PHASE_CHOLESKY, DISSECTION, OUTPUTS, JACOBI)
 
 @dataclass(frozen=True)
 class Plan:
-    """What the cost model chose: preconditioner, precision, iterations."""
+    """What the cost model chose: preconditioner, precision, iterations; whether rows are hardly more than values."""
 
     way: Way
     mixed: bool
     max_iterations: int
+    scarce: bool = False
 
     @property
     def name(self) -> str:
@@ -233,7 +234,8 @@ def plans(system: System, rtol: float, max_iterations: int | None = None, *, all
     """The plans for a system, cheapest first; the next is for when the last could not be built or did not converge."""
     mixed = system.unknowns >= MIXED_PRECISION_UNKNOWNS and float32_is_exact(system.rhs[0].device)
     most = MAX_MIXED_ITERATIONS if system.unknowns >= MIXED_PRECISION_UNKNOWNS else MAX_ITERATIONS
-    if system.count < SCARCE * system.unknowns:
+    scarce = system.count < SCARCE * system.unknowns
+    if scarce:
         most = MAX_SCARCE_ITERATIONS if system.count >= system.unknowns else MAX_OPEN_ITERATIONS
     most = most if max_iterations is None else min(most, max_iterations)
     exact = rtol < NOISY
@@ -241,4 +243,4 @@ def plans(system: System, rtol: float, max_iterations: int | None = None, *, all
     ways = sorted(open_ways, key=lambda way: way.cost(system, exact))
     for way in ways:
         share = OUTPUTS_SHARE if way is OUTPUTS else 2 if way is JACOBI and way is not ways[-1] else 1
-        yield Plan(way, mixed and way.mixes, most // share)
+        yield Plan(way, mixed and way.mixes, most // share, scarce and way is JACOBI and mixed)
