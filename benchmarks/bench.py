@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
 
 Clock = Callable[[], float]
+HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class Rate:
         What it returned, as an `Outcome`.
     quick, long : bool
         As an entry's.
+    alone : bool
+        Each case has a process of its own, whose peak memory is measured.
     """
 
     name: str
@@ -94,13 +101,14 @@ class Rate:
     judge: Callable[[Any], Outcome]
     quick: bool = False
     long: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
     """Whether a case succeeded, how near it came, if it failed one phrase why, and whether the answer was proven.
 
-    `rows` are the equations for each unknown of the layer that has least of them.
+    `rows` are the equations for each unknown of the layer that has least of them, `iterations` those of a single layer.
     """
 
     success: bool
@@ -108,6 +116,16 @@ class Outcome:
     why: str = ""
     verified: bool = False
     rows: float | None = None
+    iterations: int | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A case that was run: seconds (None where it raised), how it came out, peak of its own process in MiB."""
+
+    seconds: float | None
+    outcome: Outcome
+    peak: float | None = None
 
 
 @dataclass
@@ -193,40 +211,65 @@ def _run_entry(entry: Entry, *, min_run_time: float, clock: Clock) -> dict[str, 
 
 
 def _run_rate(rate: Rate, clock: Clock, limit: float) -> dict[str, Any]:
-    seconds, quality, rows, failures, verified, done = [], [], [], {}, 0, 0
+    done: dict[str, Finished] = {}
     end = time.monotonic() + limit
-    for name, setup in rate.cases.items():
+    for name in rate.cases:
         if done and time.monotonic() >= end:
             break
-        done += 1
-        try:
-            inputs = setup()
-            start = clock()
-            returned = rate.run(inputs)
-            _wait()
-            seconds.append(clock() - start)
-            outcome = rate.judge(returned)
-        except Exception as error:
-            outcome = Outcome(False, float("nan"), f"{type(error).__name__}: {error}".splitlines()[0])
-        verified += outcome.verified
-        quality += [outcome.psnr] if outcome.psnr == outcome.psnr else []
-        rows += [] if outcome.rows is None else [outcome.rows]
-        if not outcome.success:
-            failures[name] = outcome.why or "not verified"
-    quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0.0, 0.0, 0.0]
-    median = statistics.median(seconds) if seconds else None
-    record = {
-        "cases": done,
-        "successes": done - len(failures),
-        "verified": verified,
-        "median psnr": statistics.median(quality) if quality else None,
-        "least psnr": min(quality, default=None),
-        "rows per unknown": [min(rows), max(rows)] if rows else None,
+        done[name] = run_alone(rate.name, name, clock) if rate.alone else run_case(rate, name, clock)
+    seconds = {name: case.seconds for name, case in done.items() if case.seconds is not None}
+    error = None if seconds else "no case ran"
+    quartiles = statistics.quantiles(seconds.values(), n=4) if len(seconds) > 1 else [0.0, 0.0, 0.0]
+    median = statistics.median(seconds.values()) if seconds else None
+    timing = Timing(median, quartiles[2] - quartiles[0], len(seconds), error)
+    return {"name": rate.name, "ours": asdict(timing), "references": {}, "record": _facts(done, seconds)}
+
+
+def _facts(done: dict[str, Finished], seconds: dict[str, float]) -> dict[str, Any]:
+    """What a rate's cases say together, the worst of them by name."""
+    outcomes = {name: case.outcome for name, case in done.items()}
+    quality = {name: o.psnr for name, o in outcomes.items() if not math.isnan(o.psnr)}
+    failures = {name: o.why or "not verified" for name, o in outcomes.items() if not o.success}
+    return {
+        "cases": len(done),
+        "successes": len(done) - len(failures),
+        "verified": sum(o.verified for o in outcomes.values()),
+        "median psnr": statistics.median(quality.values()) if quality else None,
+        "least psnr": min(quality.values(), default=None),
+        "worst": min(quality, key=lambda name: quality[name], default=None),
+        "slowest": max(seconds.items(), key=lambda case: case[1], default=None),
+        "peak MiB": max((case.peak for case in done.values() if case.peak is not None), default=None),
+        "iterations": _ends([o.iterations for o in outcomes.values() if o.iterations is not None]),
+        "rows per unknown": _ends([o.rows for o in outcomes.values() if o.rows is not None]),
         "failures": failures,
     }
-    error = None if seconds else "no case ran"
-    timing = Timing(median, quartiles[2] - quartiles[0], len(seconds), error)
-    return {"name": rate.name, "ours": asdict(timing), "references": {}, "record": record}
+
+
+def _ends(values: Sequence[float]) -> list[float] | None:
+    return [min(values), max(values)] if values else None
+
+
+def run_case(rate: Rate, name: str, clock: Clock) -> Finished:
+    """One case, in this process; an exception becomes its outcome."""
+    try:
+        inputs = rate.cases[name]()
+        start = clock()
+        returned = rate.run(inputs)
+        _wait()
+        seconds = clock() - start
+        return Finished(seconds, rate.judge(returned))
+    except Exception as error:
+        return Finished(None, Outcome(False, float("nan"), f"{type(error).__name__}: {error}".splitlines()[0]))
+
+
+def run_alone(rate: str, case: str, clock: Clock) -> Finished:
+    """One case in a process of its own, by `alone.py`."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "alone.py"), rate, case, clock.__name__]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        return Finished(None, Outcome(False, float("nan"), (ran.stderr.strip() or "killed").splitlines()[-1]))
+    found = json.loads(ran.stdout.splitlines()[-1])
+    return Finished(found["seconds"], Outcome(**found["outcome"]), found["peak"])
 
 
 def beside_the_cpu(entries: Sequence[Entry | Rate], twins: Sequence[Entry | Rate]) -> None:

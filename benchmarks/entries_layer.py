@@ -5,10 +5,15 @@ from __future__ import annotations
 from functools import partial
 
 from bench import Entry, Rate, Target
-from single_layers import STEMS, judge, layer, ours, record
+from single_layers import STEMS, Layer, judge, layer, ours, record
 from single_layers_others import cupy_lsmr, plain
 
-SEEDS = range(10)
+# Pixels of the square layer's photo, and seeds.
+SQUARE = {64: 10, 128: 20, 224: 8}
+
+
+def square(size: int, seed: int, target: Target) -> Layer:
+    return layer(size, 12, 5, 2, 2, relu=False, seed=seed).to(target.device)
 
 
 def entries(target: Target) -> list[Entry | Rate]:
@@ -18,12 +23,18 @@ def entries(target: Target) -> list[Entry | Rate]:
     sizes = {f"{name}-stem": partial(layer, 224, *shape, relu=True) for name, shape in STEMS.items()}
     sizes["square-3-12-k5-s2"] = partial(layer, 224, 12, 5, 2, 2, relu=False)
     sizes["small-stem"] = partial(layer, 32, *STEMS["vgg"], relu=True)
-    square = {
-        f"seed {seed}": lambda seed=seed: layer(64, 12, 5, 2, 2, relu=False, seed=seed).to(target.device)
-        for seed in SEEDS
-    }
-    rate = Rate(f"layer/rate-square-3-12-k5-s2/64/{target.name}", square, ours, judge)
-    return [rate] + [
+    rates = [
+        Rate(
+            f"layer/rate-square-3-12-k5-s2/{size}/{target.name}",
+            {f"seed {seed}": partial(square, size, seed, target) for seed in range(seeds)},
+            ours,
+            judge,
+            long=size > 64,
+            alone=size > 64,
+        )
+        for size, seeds in SQUARE.items()
+    ]
+    return rates + [
         Entry(
             f"layer/{name}/{'32' if name == 'small-stem' else '224'}/{target.name}",
             lambda make=make: make().to(target.device),

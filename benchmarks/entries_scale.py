@@ -13,7 +13,7 @@ from torch import Tensor
 from bench import Entry, Rate, Target
 from leaks import Leak, judge, leak
 from leaks import ours as invert
-from pictures import crops, samples
+from pictures import SCENES, crops, samples
 from rconv_fast import models
 from single_layers import STEMS, layer, ours, record
 
@@ -36,6 +36,10 @@ def attacked(name: str, filters: tuple[int, int, int, int], target: Target) -> L
     return leak(model, photos()[name], torch.tensor([3]), target)
 
 
+def seeded(seed: int, scene: int, target: Target) -> Leak:
+    return leak(models.cnn4_224("relu", seed=seed), crops(scene + 1, 224)[scene:], torch.tensor([3]), target)
+
+
 def entries(target: Target) -> list[Entry | Rate]:
     found: list[Entry | Rate] = [
         Entry(
@@ -53,4 +57,9 @@ def entries(target: Target) -> list[Entry | Rate]:
         some = names if width == WIDTHS[0] else names[:N_FEWER]
         cases = {name: partial(attacked, name, (width, 256, 256, 256), target) for name in some}
         found.append(Rate(f"scale/rate-cnn4_224-{width}/photos/{target.name}", cases, invert, judge, long=True))
+    name = f"scale/rate-cnn4_224/5-seeds-3-photos/{target.name}"
+    seeds = {
+        f"seed {s}, {scene}": partial(seeded, s, i, target) for s in range(5) for i, scene in enumerate(SCENES[:3])
+    }
+    found.append(Rate(name, seeds, invert, judge, long=True, alone=True))
     return found

@@ -51,6 +51,11 @@ def between(ends: list[float] | None) -> str:
     return "-" if ends is None else " to ".join(dict.fromkeys(f"{end:.2f}" for end in ends))
 
 
+def with_case(value: str, case: str | None) -> str:
+    """A figure and whose it is."""
+    return f"{value} ({case})" if case else value
+
+
 def yes_or_no(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, "-")
 
@@ -75,7 +80,7 @@ def beside(references: dict[str, Result]) -> str:
 def of_rates(results: list[Result]) -> str:
     rows = []
     for r in results:
-        facts = r["record"]
+        facts, slowest = r["record"], r["record"].get("slowest")
         failed = "; ".join(f"{name}: {why}" for name, why in facts["failures"].items()) or "none"
         rows.append(
             [
@@ -83,14 +88,17 @@ def of_rates(results: list[Result]) -> str:
                 f"{facts['successes']} of {facts['cases']}",
                 str(facts["verified"]),
                 decibels(facts["median psnr"]),
-                decibels(facts["least psnr"]),
+                with_case(decibels(facts["least psnr"]), facts.get("worst")),
                 seconds(r["ours"]["median"]),
+                with_case(seconds(slowest[1]), slowest[0]) if slowest else "-",
+                f"{facts['peak MiB']:.0f} MiB" if facts.get("peak MiB") else "-",
+                "-".join(map(str, sorted(set(facts.get("iterations") or ["-"])))),
                 between(facts.get("rows per unknown")),
                 failed.replace("|", "/"),
             ]
         )
-    header = ["cases", "recovered", "verified", "median PSNR", "least PSNR", "median time", "rows per value"]
-    return table([*header, "failures"], rows)
+    header = ["cases", "recovered", "verified", "median PSNR", "least PSNR", "median time", "longest", "largest peak"]
+    return table([*header, "iterations", "rows per value", "failures"], rows)
 
 
 def of_attacks(results: list[Result]) -> str:

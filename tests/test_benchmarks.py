@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,20 +80,37 @@ def test_a_twin_runs_once_on_the_cpu_and_what_runs_once_is_warmed_up() -> None:
     assert result["ours"]["error"] is None
 
 
+def test_a_case_runs_in_a_process_of_its_own_and_its_peak_is_measured() -> None:
+    found = bench.run_alone("layer/rate-square-3-12-k5-s2/64/cpu-float64", "seed 0", time.process_time)
+    assert found.outcome.success
+    assert found.outcome.verified
+    assert found.seconds is not None
+    assert found.seconds > 0
+    assert found.peak is not None
+    assert 50 < found.peak < 5000
+    missing = bench.run_alone("layer/rate-square-3-12-k5-s2/64/cpu-float64", "seed -1", time.process_time)
+    assert missing.seconds is None
+    assert "KeyError" in missing.outcome.why
+
+
 def test_a_rate_names_its_failures() -> None:
     def setup() -> Any:
         raise ValueError("no photo")
 
-    good = bench.Outcome(True, 200.0, verified=True, rows=1.5)
-    far = bench.Outcome(False, 20.0, "open", rows=0.5)
+    good = bench.Outcome(True, 200.0, verified=True, rows=1.5, iterations=3)
+    far = bench.Outcome(False, 20.0, "open", rows=0.5, iterations=5)
     rate = bench.Rate("x/rate", {"a": lambda: good, "b": lambda: far, "c": setup}, lambda o: o, lambda o: o)
     result = bench.run_entry(rate, min_run_time=0.0)
+    assert result["record"].pop("slowest")[0] in ("a", "b")
     assert result["record"] == {
         "cases": 3,
         "successes": 1,
         "verified": 1,
         "median psnr": 110.0,
         "least psnr": 20.0,
+        "worst": "b",
+        "peak MiB": None,
+        "iterations": [3, 5],
         "rows per unknown": [0.5, 1.5],
         "failures": {"b": "open", "c": "ValueError: no photo"},
     }
