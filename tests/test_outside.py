@@ -127,11 +127,25 @@ def read_odd_words(rng: random.Random, folder: Path) -> None:
     reader("fuzz", text)
 
 
+UPDATE_ARGUMENTS = [
+    "before",
+    "after",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "steps",
+    "optimizer",
+    "eps",
+    "names",
+    "parameters",
+]
+
+
 def undo_odd_update(rng: random.Random, folder: Path) -> None:
     del folder
     before, after = MODEL.state_dict(), {n: t + 1e-3 for n, t in MODEL.state_dict().items()}
     given: dict[str, Any] = {"before": before, "after": after, "lr": 0.1}
-    for name in rng.sample(["before", "after", "lr", "weight_decay", "momentum", "steps", "names", "parameters"], 2):
+    for name in rng.sample(UPDATE_ARGUMENTS, 2):
         given[name] = odd_tensors(rng, before) if name in ("before", "after") else rng.choice(ODD)
     gradients = rconv_fast.gradients_from_update(**given)
     assert all(isinstance(g, torch.Tensor) for g in gradients.values())

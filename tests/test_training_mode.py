@@ -270,6 +270,32 @@ def test_several_steps_on_one_sample(activation: nn.Module, steps: int, momentum
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_the_first_step_of_adam(optimizer: str) -> None:
+    """Its weights hold the gradients to seven digits in float64."""
+    model, x = cnn(nn.ReLU()), photo(8)
+    assert recovered(model, x, adam_step(model, x, optimizer)).psnr > 100
+
+
+def test_the_first_step_of_adam_in_float32_shows_the_label() -> None:
+    model, x = cnn(nn.ReLU()).float(), photo(8).float()
+    result = invert(model, adam_step(model, x, "adam"), x.shape[1:])
+    assert result.verdict == "nothing"
+    assert f"classes [{int(some_labels(1))}] are in the batch" in result.reason
+
+
+def adam_step(model: nn.Module, x: Tensor, optimizer: str) -> SharedGradients:
+    before = copy.deepcopy(model.state_dict())
+    F.cross_entropy(model(x), some_labels(len(x))).backward()
+    {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](
+        model.parameters(), 1e-3, weight_decay=0.01
+    ).step()
+    after = copy.deepcopy(model.state_dict())
+    model.load_state_dict(before)
+    model.zero_grad()
+    return gradients_from_update(before, after, 1e-3, optimizer=optimizer, weight_decay=0.01)
+
+
 @pytest.mark.slow
 def test_steps_that_no_one_sample_explains_are_named_and_not_verified() -> None:
     model, x = cnn(nn.LeakyReLU(0.2), filters=(8,)), photo(8, 2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.errors import ArgumentError, ArgumentTypeError
-from rconv_fast.observation import LocalTraining
+from rconv_fast.observation import LocalTraining, SharedGradients
 from rconv_fast.updates import gradients_from_update, spacing
 
 
@@ -112,6 +112,45 @@ def test_several_steps_give_the_mean_of_their_gradients(momentum: float, weight_
     assert found.source.startswith("update, lr 0.05, 4 steps")
 
 
+ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def adam_step(name: str, dtype: torch.dtype, **options: Any) -> tuple[dict[str, Tensor], SharedGradients]:
+    """The gradients of one step of torch's own Adam, and what is found of them."""
+    options = {"weight_decay": 0.0, **options}  # torch's AdamW has one of its own accord
+    model = network(dtype).eval()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.rand(3, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    nn.functional.cross_entropy(model(x), torch.tensor([0, 3, 3])).backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    ADAMS[name](model.parameters(), lr=1e-3, **options).step()
+    return gradients, gradients_from_update(before, model.state_dict(), 1e-3, optimizer=name, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.02}, {"eps": 1e-6}], ids=str)
+@pytest.mark.parametrize("name", ADAMS)
+def test_the_first_step_of_adam_is_undone(name: str, options: dict[str, float]) -> None:
+    gradients, found = adam_step(name, torch.float64, **options)
+    assert "first step of adam" in found.source
+    for key, gradient in gradients.items():
+        assert float((found[key] - gradient).norm()) < 1e-6 * float(gradient.norm()), key
+        error = (found[key] - gradient) / torch.as_tensor(found.noise[key]).double()
+        assert float(error.square().mean().sqrt()) < 1.5, key
+
+
+def test_of_large_gradients_the_first_step_of_adam_in_float32_keeps_the_sign() -> None:
+    gradients, found = adam_step("adam", torch.float32)
+    sizes = {True: 0, False: 0}
+    for key, gradient in gradients.items():
+        sigma = torch.as_tensor(found.noise[key])
+        known = sigma.isfinite()
+        sizes[True], sizes[False] = sizes[True] + int(known.sum()), sizes[False] + int((~known).sum())
+        assert torch.equal(found[key].sign()[~known], gradient.sign()[~known]), key
+        assert bool((gradient.abs() >= found[key].abs())[~known].all()), key
+        assert bool(((found[key] - gradient).abs() <= 6 * sigma)[known].all()), key
+    assert min(sizes.values()) > 0
+
+
 def test_one_step_with_momentum_is_a_plain_one() -> None:
     before, after, gradients = step(network().eval(), 0.1, momentum=0.9)
     found = gradients_from_update(before, after, 0.1, momentum=0.9)
@@ -195,6 +234,14 @@ def test_states_come_in_any_container(contain: Callable[[dict[str, Tensor]], Any
         ({"lr": float("nan")}, r"lr must be positive and finite, got nan$"),
         ({"steps": 0}, r"steps must be at least 1, got 0$"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0$"),
+        ({"optimizer": "lion"}, r"optimizer must be one of sgd, adam, adamw, got 'lion'$"),
+        (
+            {"optimizer": "adam", "after": {"w": torch.tensor([0.7, 1.0])}},
+            r"after\['w'\] must be within lr of before, as a first step of adam is, got 3 lr away$",
+        ),
+        ({"eps": 0.0}, r"eps must be positive and finite, got 0.0$"),
+        ({"optimizer": "adam", "steps": 2}, r"steps must be 1 with adam, got 2$"),
+        ({"optimizer": "adam", "momentum": 0.9}, r"momentum must be 0 with adam, got 0.9$"),
         ({"weight_decay": -1.0}, r"weight_decay must be >= 0, got -1.0$"),
         ({"after": {}}, r"after must hold \['w'\]"),
         (

@@ -19,10 +19,12 @@ Noise = Mapping[str, "float | Tensor"]
 # bias in front of a batch norm do: its own size says nothing of its noise.
 CANCELLED = 10.0
 
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
 
 @dataclass(frozen=True)
 class LocalTraining:
-    """A client's SGD between the weights it was sent and those it sends back.
+    """A client's training between the weights it was sent and those it sends back.
 
     Attributes
     ----------
@@ -31,16 +33,23 @@ class LocalTraining:
     steps : int
         Local steps.
     momentum, weight_decay : float
-        Of ``torch.optim.SGD``, with an empty buffer before the first step.
+        Of ``torch.optim.SGD``, with an empty buffer before the first step; Adam has a weight decay only.
+    optimizer : {"sgd", "adam", "adamw"}
+        Of Adam only the first step is covered.
+    eps : float
+        Of Adam.
     """
 
     lr: float
     steps: int = 1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    optimizer: str = "sgd"
+    eps: float = 1e-8
 
     def __str__(self) -> str:
         parts = [f"update, lr {self.lr:g}"]
+        parts += [f"first step of {self.optimizer}"] if self.optimizer != "sgd" else []
         parts += [f"{self.steps} steps"] if self.steps > 1 else []
         parts += [f"momentum {self.momentum:g}"] if self.momentum else []
         parts += [f"weight decay {self.weight_decay:g}"] if self.weight_decay else []

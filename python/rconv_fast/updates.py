@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rconv_fast.adam import SURE, arithmetic_noise, gradient_of_first_step
 from rconv_fast.containers import plain_names, read_state, require_names
 from rconv_fast.errors import require, require_count, require_number
-from rconv_fast.observation import LocalTraining, SharedGradients
+from rconv_fast.observation import OPTIMIZERS, LocalTraining, SharedGradients
 
 _FUNCTION = "gradients_from_update"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -32,10 +33,12 @@ def gradients_from_update(
     weight_decay: float = 0.0,
     momentum: float = 0.0,
     steps: int = 1,
+    optimizer: str = "sgd",
+    eps: float = 1e-8,
     names: Sequence[str] | None = None,
     parameters: Sequence[str] | None = None,
 ) -> SharedGradients:
-    """Undo a client's SGD: for one step, ``gradient = ((1 - lr * weight_decay) * before - after) / lr``.
+    """Undo a client's training: for one step of SGD, ``gradient = ((1 - lr * weight_decay) * before - after) / lr``.
 
     Parameters
     ----------
@@ -48,10 +51,14 @@ def gradients_from_update(
         The learning rate.
     weight_decay, momentum : float
         Of ``torch.optim.SGD``. The buffer of the momentum is taken as empty before the first step, so that one step
-        with momentum is a plain one.
+        with momentum is a plain one. Adam has a weight decay only.
     steps : int
         Local steps of the client. For more than one the gradients are the mean of those of the steps, each taken at
-        its own weights, the earlier ones weighted more where there is momentum.
+        its own weights, the earlier ones weighted more where there is momentum. One with Adam.
+    optimizer : {"sgd", "adam", "adamw"}
+        Whose first step it was, its moments empty before it.
+    eps : float
+        Of Adam: the size of a gradient beside it says how much of its size the step has left.
     names : sequence of str, optional
         Names of the tensors when `before` and `after` are sequences: ``list(model.state_dict())``.
     parameters : sequence of str, optional
@@ -77,6 +84,10 @@ def gradients_from_update(
 
         noise = sqrt(steps) * hypot(spacing(w'), spacing(lr g)) / sqrt(12) / lr.
 
+    The first step of Adam is ``w' = w - lr s`` with ``s = g / (|g| + eps)``, whatever its betas. So
+    ``g = eps s / (1 - |s|)``, and the noise of s becomes ``(|g| + eps)^2 / eps`` times as much. In float64 gradients
+    remain; in float32 the sizes of large ones are lost: their noise is infinite, and only the signs are right.
+
     The spacing is that of the coarsest format which holds all weights of `after`: states that were rounded to
     float32 or bfloat16 on their way are known by that, whatever dtype they come in.
 
@@ -87,7 +98,7 @@ def gradients_from_update(
     >>> gradients_from_update(before, after, lr=0.5)
     {'weight': tensor([1., 0.])}
     """
-    training = LocalTraining(lr, steps, momentum, weight_decay)
+    training = LocalTraining(lr, steps, momentum, weight_decay, optimizer, eps)
     _check_training(training)
     old, new = read_state(_FUNCTION, "before", before, names), read_state(_FUNCTION, "after", after, names)
     _check_names(old, new)
@@ -102,21 +113,49 @@ def gradients_from_update(
     for name in weights:
         for side, state in (("before", old), ("after", new)):
             require(not state[name].is_complex(), _FUNCTION, f"{side}[{name!r}]", "be real", state[name].dtype)
-    kept, total = step_coefficients(training)
     spacing_of = _format_of(new[name] for name in weights)
     gradients, noise = {}, {}
     for name in weights:
         w, stepped = old[name].double(), new[name].to(old[name].device).double()
         for side, value in (("before", w), ("after", stepped)):
             require(bool(value.isfinite().all()), _FUNCTION, f"{side}[{name!r}]", "be finite", "NaN or Inf")
-        step = kept * w - stepped
-        rounding = torch.hypot(spacing(stepped, spacing_of), spacing(step / steps, spacing_of)) / UNIFORM
-        gradients[name] = (step / (lr * total)).to(torch.promote_types(old[name].dtype, new[name].dtype))
-        noise[name] = (math.sqrt(steps) * rounding / (lr * total)).float()
+        undo = _undo_sgd if optimizer == "sgd" else _undo_adam
+        gradient, deviation = undo(name, w, stepped, training, spacing_of)
+        gradients[name] = gradient.to(torch.promote_types(old[name].dtype, new[name].dtype))
+        noise[name] = deviation.float()
     changed = {n: new[n] for n in old if n not in gradients and not torch.equal(old[n], new[n].to(old[n].device))}
     return SharedGradients(
         gradients, noise=noise, steps=steps, source=str(training), statistics=changed, training=training
     )
+
+
+def _undo_sgd(
+    name: str, w: Tensor, stepped: Tensor, training: LocalTraining, held: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The mean gradient and its standard deviation; `held` holds the weights."""
+    del name
+    kept, total = step_coefficients(training)
+    step = kept * w - stepped
+    rounding = torch.hypot(spacing(stepped, held), spacing(step / training.steps, held)) / UNIFORM
+    divisor = training.lr * total
+    return step / divisor, math.sqrt(training.steps) * rounding / divisor
+
+
+def _undo_adam(
+    name: str, w: Tensor, stepped: Tensor, training: LocalTraining, held: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the first step and its standard deviation, less what the weight decay added to it."""
+    lr, decay = training.lr, training.weight_decay
+    decayed = w * (1 - lr * decay) if training.optimizer == "adamw" else w
+    step = decayed - stepped
+    rounding = torch.hypot(spacing(stepped, held), spacing(step, held)) / UNIFORM / lr
+    s = step / lr
+    noise = torch.hypot(rounding, arithmetic_noise(s, held))
+    must = f"be within lr of before, as a first step of {training.optimizer} is"
+    within = bool((s.abs() <= 1 + SURE * noise).all())
+    require(within, _FUNCTION, f"after[{name!r}]", must, f"{float(s.abs().max()):.3g} lr away")
+    gradient, noise = gradient_of_first_step(s, noise, training.eps)
+    return (gradient - decay * w if training.optimizer == "adam" else gradient), noise
 
 
 def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,6 +182,18 @@ def _check_training(training: LocalTraining) -> None:
     require(0 <= training.momentum < 1, _FUNCTION, "momentum", "be in [0, 1)", training.momentum)
     require_count(_FUNCTION, "steps", steps)
     require(steps <= _MAX_STEPS, _FUNCTION, "steps", f"be at most {_MAX_STEPS}", steps)
+    _check_optimizer(training)
+
+
+def _check_optimizer(training: LocalTraining) -> None:
+    optimizer, eps = training.optimizer, training.eps
+    known = isinstance(optimizer, str) and optimizer in OPTIMIZERS
+    require(known, _FUNCTION, "optimizer", f"be one of {', '.join(OPTIMIZERS)}", repr(optimizer))
+    require_number(_FUNCTION, "eps", eps)
+    require(0 < eps < math.inf, _FUNCTION, "eps", "be positive and finite", eps)
+    if optimizer != "sgd":
+        require(training.steps == 1, _FUNCTION, "steps", f"be 1 with {optimizer}", training.steps)
+        require(training.momentum == 0, _FUNCTION, "momentum", f"be 0 with {optimizer}", training.momentum)
 
 
 def _check_names(old: dict[str, Tensor], new: dict[str, Tensor]) -> None:

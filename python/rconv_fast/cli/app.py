@@ -116,6 +116,10 @@ def invert(
     steps: Annotated[int, typer.Option(help="With --after: the client's local steps.")] = 1,
     momentum: Annotated[float, typer.Option(help="With --after: of the client's SGD.")] = 0.0,
     weight_decay: Annotated[float, typer.Option(help="With --after: of the client's SGD.")] = 0.0,
+    optimizer: Annotated[
+        str, typer.Option(help="With --after: sgd, or adam or adamw, whose first step it was.")
+    ] = "sgd",
+    eps: Annotated[float, typer.Option(help="With --after: of the client's Adam.")] = 1e-8,
     batch: Annotated[int | None, typer.Option(help="Samples behind the gradients; found if not given.")] = None,
     loss: Annotated[str, typer.Option(help="The loss, as torch.nn.functional names it.")] = "cross_entropy",
     reduction: Annotated[str | None, typer.Option(help="Of the loss over the batch: mean or sum.")] = None,
@@ -132,7 +136,7 @@ def invert(
     """Recover the batch behind gradients, or behind an update, of your own model."""
     from rconv_fast.cli.inverting import Update, invert
 
-    update = None if after is None else Update(after, lr, steps, momentum, weight_decay)
+    update = None if after is None else Update(after, lr, steps, momentum, weight_decay, optimizer, eps)
     given = {
         "batch_size": batch,
         "loss": loss,

@@ -29,6 +29,8 @@ class Update:
     steps: int
     momentum: float
     weight_decay: float
+    optimizer: str = "sgd"
+    eps: float = 1e-8
 
 
 def invert(
@@ -65,7 +67,7 @@ def invert(
 
     settings = {"model": model, "input_shape": input_shape, "device": device, **options}
     if update is not None:
-        settings |= {"lr": update.lr, "steps": update.steps, "momentum": update.momentum}
+        settings |= {"lr": update.lr, "steps": update.steps, "momentum": update.momentum, "optimizer": update.optimizer}
     assumed = running.assumptions(options["loss"] or "cross_entropy", training, options["noise"], shared.source)
     written = running.report(out, outcome, seen, None, settings=settings, assumptions=assumed)
     return running.finish(outcome, "", written)
@@ -94,6 +96,8 @@ def _update(network: nn.Module, update: Update) -> SharedGradients:
         weight_decay=update.weight_decay,
         momentum=update.momentum,
         steps=update.steps,
+        optimizer=update.optimizer,
+        eps=update.eps,
         names=list(network.state_dict()),
         parameters=[name for name, _ in network.named_parameters()],
     )

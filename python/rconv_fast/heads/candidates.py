@@ -20,6 +20,7 @@ from rconv_fast.heads.separation import HeadSeparation
 from rconv_fast.heads.softmax import checked_labels, separate
 from rconv_fast.layers.activation import Activation, ActivationRule
 from rconv_fast.layers.conv import ConvRule
+from rconv_fast.losses import Loss
 from rconv_fast.observation import Observation
 from rconv_fast.walk.graph import Graph, Step
 
@@ -124,10 +125,13 @@ def head_candidates(
         return HeadOutcome(stops_at=step.label, reason=reason)
     if rule.grad_weight is None:
         return HeadOutcome(stops_at=step.label, reason="a last layer without gradient")
+    sigma = _noise_of(observation, rule)
+    if sigma is not None and any(s is not None and bool(s.isinf().any()) for s in sigma):
+        return HeadOutcome((), batch_size, None, step.label, _signs_only(observation.loss, rule.grad_bias))
     head = Head.create(
         rule.grad_weight.squeeze(-1), rule.grad_bias, rule.weight.squeeze(-1), rule.bias, observation.loss,
         rounding=2 * observation.rounding,
-        sigma=_noise_of(observation, rule),
+        sigma=sigma,
         scale=observation.scale,
         budget=budget,
     )  # fmt: skip
@@ -143,6 +147,14 @@ def head_candidates(
     if observation.loss.name == "mse" and not head.has_bias and targets is None:
         nothing = "a regression without a bias here, which shows its input up to a factor: pass the targets as labels="
     return _reading_outcome(graph, step, [r.to(rule.weight.dtype) for r in readings], batch_size, nothing)
+
+
+def _signs_only(loss: Loss, grad_bias: Tensor | None) -> str:
+    """The reason where sizes are lost; ``db = mean(softmax - onehot)`` is negative for classes of the batch only."""
+    reason = "a last layer of whose gradients signs are left, and of many no size"
+    if grad_bias is None or not loss.takes_labels or loss.label_smoothing > 0:
+        return reason
+    return f"{reason}: classes {(grad_bias < 0).nonzero().flatten().tolist()} are in the batch"
 
 
 def _noise_of(observation: Observation, rule: ConvRule) -> tuple[Tensor, Tensor | None] | None:

@@ -69,10 +69,14 @@ class UpdateAuditor:
     input_shape : sequence of int
         Shape of one sample.
     lr : float
-        The clients' learning rate (SGD).
+        The clients' learning rate.
     steps : int
         Their local steps. Of more than one, only that the gradients are a mean is taken into account.
     momentum, weight_decay : float
+    optimizer : {"sgd", "adam", "adamw"}
+        Of Adam, made anew for each round, one step.
+    eps : float
+        Of Adam.
     loss : str
     batch_size : int or None
         Found if not given.
@@ -86,6 +90,8 @@ class UpdateAuditor:
     steps: int = 1
     momentum: float = 0.0
     weight_decay: float = 0.0
+    optimizer: str = "sgd"
+    eps: float = 1e-8
     loss: str = "cross_entropy"
     batch_size: int | None = None
     time_limit: float = 60.0
@@ -99,6 +105,8 @@ class UpdateAuditor:
             steps=self.steps,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
+            optimizer=self.optimizer,
+            eps=self.eps,
             parameters=[name for name, _ in self.model.named_parameters()],
         )
 
