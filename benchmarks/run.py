@@ -28,7 +28,7 @@ from rconv_fast._build_info import build_info
 HERE = Path(__file__).resolve().parent
 
 
-SUITES = ("build", "layer", "invert", "batch", "patterns", "noise", "trained", "audit", "scale")
+SUITES = ("build", "layer", "invert", "batch", "patterns", "noise", "trained", "training", "audit", "scale")
 
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}

@@ -11,9 +11,12 @@ large as eps, a rounding of s leaves R times as much.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from rconv_fast.observation import CANCELLED
 
 # Roundings of the step's own arithmetic, each uniform: two moments, their corrections, root, eps, quotient, lr.
 _ROUNDINGS = 8
@@ -54,3 +57,15 @@ def gradient_of_first_step(s: Tensor, noise: Tensor, eps: float) -> tuple[Tensor
     deviation = (gradient.abs() + eps).square() / eps * noise
     usual = deviation[~lost].square().mean().sqrt().nan_to_num()
     return gradient, torch.where(lost, math.inf, torch.maximum(deviation, usual))
+
+
+def with_noise_of_sums(
+    gradients: Mapping[str, Tensor], noise: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """No noise below what rounding leaves of terms that cancel, as those of a bias in front of a batch norm do.
+
+    The smaller a gradient, the better Adam shows it: also one that is nothing but rounding.
+    """
+    sizes = [g[noise[name].isfinite()].double().square().mean().sqrt().nan_to_num() for name, g in gradients.items()]
+    least = CANCELLED * torch.finfo(dtype).eps * max(map(float, sizes))
+    return {name: sigma.clamp_min(least) for name, sigma in noise.items()}

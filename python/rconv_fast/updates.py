@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rconv_fast.adam import SURE, arithmetic_noise, gradient_of_first_step
+from rconv_fast.adam import SURE, arithmetic_noise, gradient_of_first_step, with_noise_of_sums
 from rconv_fast.containers import plain_names, read_state, require_names
 from rconv_fast.errors import require, require_count, require_number
 from rconv_fast.observation import OPTIMIZERS, LocalTraining, SharedGradients
@@ -123,6 +123,8 @@ def gradients_from_update(
         gradient, deviation = undo(name, w, stepped, training, spacing_of)
         gradients[name] = gradient.to(torch.promote_types(old[name].dtype, new[name].dtype))
         noise[name] = deviation.float()
+    if optimizer != "sgd":
+        noise = with_noise_of_sums(gradients, noise, spacing_of)
     changed = {n: new[n] for n in old if n not in gradients and not torch.equal(old[n], new[n].to(old[n].device))}
     return SharedGradients(
         gradients, noise=noise, steps=steps, source=str(training), statistics=changed, training=training

@@ -21,6 +21,9 @@ from rconv_fast.solve import CurvedSystem, NormalisedConv, PointRows, System
 from rconv_fast.walk.found import Contradiction, Known, Options, Stop
 from rconv_fast.walk.graph import Graph, Step
 
+# Why a norm right behind a convolution is not passed all the same.
+NOT_FOLLOWING = "before values that are hidden: dL/dgamma sums over several samples, or was not seen"
+
 
 class Halt(Exception):
     """The pass ends here."""
@@ -179,7 +182,9 @@ class Tables:
             for name, _ in self.graph.consumers[names.pop(0)]:
                 consumer = self.graph.steps[name]
                 if consumer.rule.own_statistics and name not in self.values:
-                    reason = f"{consumer.rule.kind}, whose statistics are private, not right behind a convolution"
+                    right_behind = isinstance(self.graph.steps[consumer.inputs[0]].rule, ConvRule)
+                    why = NOT_FOLLOWING if right_behind else "not right behind a convolution"
+                    reason = f"{consumer.rule.kind}, whose statistics are private, {why}"
                     return Halt(Stop(name, consumer.label, reason))
                 names.append(name)
         raise AssertionError(f"no norm behind {step.name}")
