@@ -18,7 +18,7 @@ from leaks import SUCCESS_PSNR, Answer, Leak, judge, ours
 from pictures import crops
 from rconv_fast.observation import LocalTraining
 
-LR = 0.1
+SGD = LocalTraining(0.1)
 # Seconds a case, of a shared machine.
 LIMIT = 300.0
 UP_TO_CONSTANTS = "batch-norm-up-to-constants/16-two"
@@ -103,7 +103,7 @@ class Client:
     build: Callable[[int], nn.Module]
     side: int
     size: int = 1
-    training: LocalTraining | None = LocalTraining(LR)
+    training: LocalTraining | None = SGD
 
     def sends(self, seed: int, target: Target) -> Leak:
         """Of one batch, in the precision of the target; the model as it was before."""

@@ -112,6 +112,15 @@ def test_several_steps_give_the_mean_of_their_gradients(momentum: float, weight_
     assert found.source.startswith("update, lr 0.05, 4 steps")
 
 
+def test_statistics_stay_when_the_model_that_had_them_goes_on() -> None:
+    model = network()
+    before, after, _ = step(model, 0.1)
+    found = gradients_from_update(before, model, 0.1)
+    model.load_state_dict(before)
+    assert torch.equal(found.statistics["1.running_mean"], after["1.running_mean"])
+    assert not torch.equal(found.statistics["1.running_mean"], before["1.running_mean"])
+
+
 ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 

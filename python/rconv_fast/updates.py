@@ -126,6 +126,7 @@ def gradients_from_update(
     if optimizer != "sgd":
         noise = with_noise_of_sums(gradients, noise, spacing_of)
     changed = {n: new[n] for n in old if n not in gradients and not torch.equal(old[n], new[n].to(old[n].device))}
+    changed = {n: t.clone() for n, t in changed.items()}  # a model given as `after` may go on
     return SharedGradients(
         gradients, noise=noise, steps=steps, source=str(training), statistics=changed, training=training
     )
