@@ -157,8 +157,10 @@ def _undo_adam(
     must = f"be within lr of before, as a first step of {training.optimizer} is"
     within = bool((s.abs() <= 1 + SURE * noise).all())
     require(within, _FUNCTION, f"after[{name!r}]", must, f"{float(s.abs().max()):.3g} lr away")
-    gradient, noise = gradient_of_first_step(s, noise, training.eps)
-    return (gradient - decay * w if training.optimizer == "adam" else gradient), noise
+    whole, noise = gradient_of_first_step(s, noise, training.eps)
+    gradient = whole - decay * w if training.optimizer == "adam" else whole
+    unsure = noise.isinf() & (gradient * whole < 0)  # of a least size that the decay may exceed
+    return torch.where(unsure, 0.0, gradient), noise
 
 
 def spacing(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from rconv_fast.adam import SURE
 from rconv_fast.budget import Budget
 from rconv_fast.containers import read_tensor
 from rconv_fast.heads.counts import label_counts
@@ -127,7 +128,7 @@ def head_candidates(
         return HeadOutcome(stops_at=step.label, reason="a last layer without gradient")
     sigma = _noise_of(observation, rule)
     if sigma is not None and any(s is not None and bool(s.isinf().any()) for s in sigma):
-        return HeadOutcome((), batch_size, None, step.label, _signs_only(observation.loss, rule.grad_bias))
+        return HeadOutcome((), batch_size, None, step.label, _signs_only(observation.loss, rule.grad_bias, sigma[1]))
     head = Head.create(
         rule.grad_weight.squeeze(-1), rule.grad_bias, rule.weight.squeeze(-1), rule.bias, observation.loss,
         rounding=2 * observation.rounding,
@@ -149,12 +150,13 @@ def head_candidates(
     return _reading_outcome(graph, step, [r.to(rule.weight.dtype) for r in readings], batch_size, nothing)
 
 
-def _signs_only(loss: Loss, grad_bias: Tensor | None) -> str:
+def _signs_only(loss: Loss, grad_bias: Tensor | None, sigma: Tensor | None) -> str:
     """The reason where sizes are lost; ``db = mean(softmax - onehot)`` is negative for classes of the batch only."""
     reason = "a last layer of whose gradients signs are left, and of many no size"
-    if grad_bias is None or not loss.takes_labels or loss.label_smoothing > 0:
+    if grad_bias is None or sigma is None or not loss.takes_labels or loss.label_smoothing > 0:
         return reason
-    return f"{reason}: classes {(grad_bias < 0).nonzero().flatten().tolist()} are in the batch"
+    negative = (grad_bias < 0) & (sigma.isinf() | (grad_bias < -SURE * sigma))
+    return f"{reason}: classes {negative.nonzero().flatten().tolist()} are in the batch"
 
 
 def _noise_of(observation: Observation, rule: ConvRule) -> tuple[Tensor, Tensor | None] | None:
