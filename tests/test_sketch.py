@@ -212,3 +212,23 @@ def test_a_sketch_that_leaves_equations_unsatisfied_is_no_answer() -> None:
     assert found.residual < 1e-11
     assert found.determined.all()
     assert float((found.x - x).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "kernel", "options"),
+    [
+        ((2, 3), (7, 9), 3, {"stride": 2, "padding": 1}),
+        ((4, 6), (8, 8), 3, {"padding": 2, "dilation": 2, "groups": 2}),
+        ((2, 2), (11,), 5, {"stride": 3, "padding": 2}),
+        ((1, 2), (5, 4, 6), 2, {"stride": 2}),
+    ],
+    ids=str,
+)
+def test_rows_written_out_are_the_rows(channels: tuple, size: tuple, kernel: int, options: dict) -> None:
+    g = make(channels, size, kernel, **options)
+    shape = (g.out_channels, g.in_channels // g.groups, *g.kernel_size)
+    block = GradientRows(g, torch.randn(2, g.out_channels, *g.out_size, **DOUBLE), torch.zeros(shape, **DOUBLE))
+    n = block.rhs.numel()
+    units = torch.eye(n, **DOUBLE).view(n, *shape)
+    torch.testing.assert_close(block.dense(0, n), torch.stack([block.adjoint(unit) for unit in units]))
+    torch.testing.assert_close(block.dense(1, 3), block.dense(0, n)[1:3])

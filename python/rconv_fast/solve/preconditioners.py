@@ -12,7 +12,7 @@ from rconv_fast.errors import LinAlgError
 from rconv_fast.solve.conjugate import Preconditioner
 from rconv_fast.solve.dense import normal_matrix
 from rconv_fast.solve.dissection.factor import DissectionFactor
-from rconv_fast.solve.dissection.sketch import SketchRows, are_few, each_row, sketch_size
+from rconv_fast.solve.dissection.sketch import SketchRows, are_few, each_row, leaves_open, sketch_size
 from rconv_fast.solve.phases.factors import GramFactor
 from rconv_fast.solve.phases.gram import gram_condition, sum_of
 from rconv_fast.solve.rows import GradientRows, System, WeightRows, gradient_part
@@ -61,7 +61,7 @@ def normal_inverse(system: System) -> Preconditioner | None:
 # directions are damped at this share of the columns' squares and left to the sketch.
 MAX_UNDAMPED_CONDITION, DAMPING = 3e5, 1e-10
 # Rows of the sketch that are solved with at once: each needs several times its own memory meanwhile.
-TOGETHER = 64
+TOGETHER, COLUMNS_TOGETHER = 64, 128
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class SketchedDissection:
                 last = first + len(rows_of_u)
                 z[:, first:last] = _solve_rt(factors, rows_of_u)
                 first = last
-            core = torch.linalg.cholesky(torch.eye(z.shape[1]).to(z) + z.mT @ z)
+            core = torch.linalg.cholesky(torch.eye(z.shape[1]).to(z) + _gram(z))
         except LinAlgError:
             return None
         return cls(System(system.shape, (*others, rows)), factors, z, core)
@@ -118,6 +118,16 @@ class SketchedDissection:
         return torch.stack([factor.solve_r(part) for factor, part in zip(self.factors, parts, strict=True)])
 
 
+def _gram(z: Tensor) -> Tensor:
+    """``Z^T Z``, each product of two columns once."""
+    gram = z.new_empty(z.shape[1], z.shape[1])
+    for first in range(0, len(gram), COLUMNS_TOGETHER):
+        columns = slice(first, min(first + COLUMNS_TOGETHER, len(gram)))
+        product = z[:, first:].mT @ z[:, columns]
+        gram[columns, first:], gram[first:, columns] = product.mT, product
+    return gram
+
+
 def _factor(rows: WeightRows) -> list[DissectionFactor]:
     """R of each sample, undamped if well conditioned."""
     masks: list[Tensor | None] = list(rows.row_weight)
@@ -125,10 +135,11 @@ def _factor(rows: WeightRows) -> list[DissectionFactor]:
     if rows.uniform:
         masks, scale = [None], float(rows.row_weight.flatten()[0])
     geometry, weight = rows.geometry, rows.weight * scale
-    factors = [DissectionFactor.factor(geometry, weight, mask, dtype=torch.float32) for mask in masks]
-    if all(f.condition_estimate <= MAX_UNDAMPED_CONDITION and not f.n_untouched for f in factors):
-        return factors
-    del factors  # before the next ones take as much memory
+    if not leaves_open(geometry, weight):
+        factors = [DissectionFactor.factor(geometry, weight, mask, dtype=torch.float32) for mask in masks]
+        if all(f.condition_estimate <= MAX_UNDAMPED_CONDITION and not f.n_untouched for f in factors):
+            return factors
+        del factors  # before the next ones take as much memory
     damping = DAMPING * float(rows.diagonal().max())
     return [DissectionFactor.factor(geometry, weight, mask, damping=damping) for mask in masks]
 

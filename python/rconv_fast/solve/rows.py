@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,6 +113,23 @@ class GradientRows:
         )
         split = merged.reshape(len(merged), g.groups, n, g.in_channels // g.groups, *g.input_size)
         return split.movedim(2, 0).flatten(2, 3)
+
+    def dense(self, first: int, last: int) -> Tensor:
+        """Some of the rows as vectors, (n, B, C, *in): g of a filter at the places of a tap, 0 elsewhere."""
+        g, (per_group, *kernel) = self.geometry, self.rhs.shape[1:]
+        inputs = tuple(slice(p, p + size) for p, size in zip(g.padding, g.input_size, strict=True))
+        everywhere = (slice(None),)
+        widened = [size + 2 * p for p, size in zip(g.padding, g.input_size, strict=True)]
+        rows = self.rhs.new_zeros(last - first, len(self.grad_output), g.in_channels, *widened)
+        for row, index in zip(rows, range(first, last), strict=True):
+            f, c, *taps = np.unravel_index(index, (g.out_channels, per_group, *kernel))
+            places = tuple(
+                slice(k * d, k * d + (n - 1) * s + 1, s)
+                for k, d, n, s in zip(map(int, taps), g.dilation, g.out_size, g.stride, strict=True)
+            )
+            channel = int(f) * g.groups // g.out_channels * per_group + int(c)
+            row[:, channel][everywhere + places] = self.grad_output[:, int(f)]
+        return rows[everywhere * 3 + inputs]
 
     def diagonal(self) -> Tensor:
         """``sum_{f,k} g[b,f,u]^2``: the same for all channels of a group."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rconv_fast.solve.dissection.border import is_square, open_directions
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.solve.dissection.border import is_square, open_directions, winds
 from rconv_fast.solve.rows import GradientRows, Rows, WeightRows
 
 # Rows of a sketch for each unknown of a sample's edge, sqrt(unknowns): the directions that a nearly square
@@ -30,6 +31,11 @@ def sketch_size(rows: WeightRows) -> int:
     return len(rows.rhs) * needed
 
 
+def leaves_open(geometry: ConvGeometry, weight: Tensor) -> bool:
+    """Whether a large square convolution is known to leave directions nearly open."""
+    return max(geometry.out_size) > FEW_OUTPUTS and winds(geometry, weight)
+
+
 def are_few(blocks: Sequence[Rows], size: int) -> bool:
     """Whether the rows take no more memory than a sketch of this size, of which also the rows are kept."""
     return sum(block.rhs.numel() for block in blocks) <= 2 * size
@@ -43,9 +49,14 @@ def each_row(blocks: Sequence[Rows], together: int) -> Iterator[Tensor]:
             continue
         size = block.rhs.numel()
         for first in range(0, size, together):
-            index = torch.arange(first, min(first + together, size), device=block.rhs.device)
-            units = torch.nn.functional.one_hot(index, size).to(block.rhs)
-            yield _adjoints(block, units.view(len(index), *block.rhs.shape))
+            last = min(first + together, size)
+            yield block.dense(first, last) if isinstance(block, GradientRows) else _some_rows(block, first, last)
+
+
+def _some_rows(block: Rows, first: int, last: int) -> Tensor:
+    index = torch.arange(first, last, device=block.rhs.device)
+    units = torch.nn.functional.one_hot(index, block.rhs.numel()).to(block.rhs)
+    return _adjoints(block, units.view(len(index), *block.rhs.shape))
 
 
 @dataclass(frozen=True)
