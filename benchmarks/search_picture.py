@@ -23,9 +23,10 @@ from rconv_fast import models, psnr
 from rconv_fast.budget import Budget
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.windows import Windows
-from rconv_fast.patterns.alternation import SHARP, alternate
+from rconv_fast.patterns.alternation import alternate
 from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.problem import Convolution, Problem
+from rconv_fast.patterns.robust import SHARP
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "search.png"
 SHOWN = (1, 3, 5, 7, 9)

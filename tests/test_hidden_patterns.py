@@ -15,7 +15,7 @@ from attacks import Attack, assert_recovered, attack, gradients_of, photo
 from rconv_fast import defenses, invert, rank_analysis
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.valley import ValleyRule
-from rconv_fast.patterns.alternation import GENTLE, MERGED, SHARP
+from rconv_fast.patterns.robust import GENTLE, MERGED, SHARP
 from rconv_fast.walk.reader import build_graph
 
 GREY = photo(16, channels=1)
@@ -96,6 +96,7 @@ def test_an_input_that_no_search_certified_is_corrected_by_a_forward_run(monkeyp
 def test_a_stuck_search_is_kicked_out_of_where_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(1, 24, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(864, 10))
     monkeypatch.setattr("rconv_fast.walk.hidden.SCHEDULES", (replace(GENTLE, iterations=6),))
+    monkeypatch.setattr("rconv_fast.walk.hidden.can_believe", lambda _: False)
     done = assert_recovered(model, photo(12, channels=1))
     assert "kicks" in done.result.layers[0].patterns
 
@@ -162,6 +163,7 @@ def test_two_convolutions_before_a_pool_are_merged(activation: nn.Module, monkey
 
 def test_a_merged_search_that_is_stuck_is_kicked_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rconv_fast.walk.hidden.MERGED_SCHEDULES", (replace(MERGED, iterations=1),))
+    monkeypatch.setattr("rconv_fast.walk.hidden.can_believe", lambda _: False)
     monkeypatch.setattr("rconv_fast.walk.hidden.SCHEDULES", (replace(SHARP, iterations=1),))
     monkeypatch.setattr("rconv_fast.walk.hidden.NEAR", math.inf)
     monkeypatch.setattr("rconv_fast.patterns.alternation.KICKS", 1)

@@ -17,7 +17,7 @@ from layers import random_weight
 from rconv_fast.budget import Budget
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.windows import Windows
-from rconv_fast.patterns.alternation import DESCENT, GENTLE, SHARP, SOFT, alternate
+from rconv_fast.patterns.alternation import alternate
 from rconv_fast.patterns.averages import arrange
 from rconv_fast.patterns.certificate import certify
 from rconv_fast.patterns.descent import descend
@@ -25,6 +25,7 @@ from rconv_fast.patterns.least_squares import WeightedSolver, value_gram
 from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.packing import find_columns, rank_of
 from rconv_fast.patterns.problem import Convolution, Problem, Reading
+from rconv_fast.patterns.robust import DESCENT, GENTLE, SHARP, SOFT
 from rconv_fast.solve import ThroughRows, WeightRows
 
 POOLS = {

@@ -21,7 +21,7 @@ from rconv_fast.patterns.packing import Array, find_columns, rank_of
 from rconv_fast.patterns.problem import Convolution, Reading
 
 if TYPE_CHECKING:
-    from rconv_fast.patterns.alternation import Schedule
+    from rconv_fast.patterns.robust import Schedule
 
 # Counts this far from whole numbers are no counts.
 WHOLE = 1e-3

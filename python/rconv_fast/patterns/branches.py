@@ -17,7 +17,7 @@ from rconv_fast.layers.valley import LEFT, RIGHT, Valley
 from rconv_fast.patterns.problem import Convolution, Reading
 
 if TYPE_CHECKING:
-    from rconv_fast.patterns.alternation import Schedule
+    from rconv_fast.patterns.robust import Schedule
 
 
 @dataclass(frozen=True)

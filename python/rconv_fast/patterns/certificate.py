@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from rconv_fast.patterns.problem import Problem
@@ -16,12 +17,13 @@ CHANCE = 1e-8
 
 @dataclass(frozen=True)
 class Fit:
-    """An input, its pattern, by how much it misses what was seen, and what speaks for it."""
+    """An input, its pattern, by how much it misses what was seen, the evidence, and which values it fixes."""
 
     x: Tensor
     pattern: Tensor
     misfit: float
     evidence: Evidence
+    determined: Tensor
 
     @property
     def certified(self) -> bool:
@@ -32,19 +34,25 @@ class Fit:
 def certify(problem: Problem, pattern: Tensor, x: Tensor) -> Fit | None:
     """Solve all equations under a pattern found at x, every one counting the same; None where something contradicts it.
 
-    No more equations than unknowns would leave nothing to contradict; a wrong pattern meets m more to a relative eps
-    with a chance of about eps^m.
+    No more equations than they fix values would leave nothing to contradict; a wrong pattern meets m more to a relative
+    eps with a chance of about eps^m. Where they leave values open under the right pattern, x itself must meet them.
     """
     system = problem.system(problem.hidden.tight(pattern), x)
-    spare = system.count - system.unknowns
-    if spare <= 0 or spare * math.log(problem.tolerance) > math.log(CHANCE):
+    if not _telling(system.count - system.unknowns, problem):
         return None
     solution = solve(system)
-    if not bool(solution.determined.all()):
+    open_ends = not bool(solution.determined.all())
+    found = x if open_ends else solution.x
+    misfit = misfit_of(problem, found)
+    of_another = open_ends and not torch.equal(problem.hidden.choose(problem.front.output(x)), pattern)
+    if misfit > problem.tolerance or of_another:
         return None
-    misfit = misfit_of(problem, solution.x)
-    proven = replace(solution.evidence, proof="pattern")
-    return Fit(solution.x, pattern, misfit, proven) if misfit <= problem.tolerance else None
+    return Fit(found, pattern, misfit, replace(solution.evidence, proof="pattern"), solution.determined)
+
+
+def _telling(spare: int, problem: Problem) -> bool:
+    """Whether a wrong pattern would be noticed."""
+    return spare > 0 and spare * math.log(problem.tolerance) <= math.log(CHANCE)
 
 
 def unproven(problem: Problem, x: Tensor) -> Fit:
@@ -52,7 +60,7 @@ def unproven(problem: Problem, x: Tensor) -> Fit:
     pattern = problem.hidden.choose(problem.front.output(x))
     system, misfit = problem.system(problem.hidden.tight(pattern), x), misfit_of(problem, x)
     evidence = Evidence(0, system.unknowns, system.count, misfit, math.nan, "", "none", converged=False)
-    return Fit(x, pattern, misfit, evidence)
+    return Fit(x, pattern, misfit, evidence, torch.zeros_like(x, dtype=torch.bool))
 
 
 def misfit_of(problem: Problem, x: Tensor) -> float:

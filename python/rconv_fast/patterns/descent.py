@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from rconv_fast.patterns.least_squares import meeting_places
+from rconv_fast.patterns.least_squares import patches
 from rconv_fast.patterns.problem import Convolution
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def descend(convolution: Convolution, maxima: Maxima, x: Tensor, pattern: Tensor
     found = [
         _descend_group(*parts, maxima, variance)
         for parts in zip(
-            _patches(convolution, x),
+            patches(convolution, x),
             convolution.grad_weight.flatten(1).chunk(groups),
             pattern.chunk(groups, dim=1),
             price.chunk(groups, dim=1),
@@ -50,12 +49,6 @@ def descend(convolution: Convolution, maxima: Maxima, x: Tensor, pattern: Tensor
         )
     ]
     return torch.where(maxima.known, torch.cat(found, dim=1), pattern)
-
-
-def _patches(convolution: Convolution, x: Tensor) -> list[Tensor]:
-    """What each output sees, (B*U, C/G*K) a group."""
-    planes = F.pad(x.flatten(2), (0, 1))[..., meeting_places(convolution.geometry, x.device)]
-    return [part.transpose(1, 2).flatten(2).flatten(0, 1) for part in planes.chunk(convolution.geometry.groups, dim=1)]
 
 
 def _descend_group(

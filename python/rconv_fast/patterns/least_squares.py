@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.patterns.problem import Convolution, Reading
@@ -33,7 +34,6 @@ class WeightedSolver:
     """Solves the weighted equations of one convolution, again and again."""
 
     convolution: Convolution
-    bends: bool = False
 
     def solve(self, reading: Reading, filter_weights: Sequence[Tensor], ridge: float, start: Tensor | None) -> Tensor:
         """The minimiser.
@@ -147,6 +147,12 @@ def meeting_places(geometry: ConvGeometry, device: torch.device) -> Tensor:
         flat = (flat[:, None, :, None] * n + i[:, None]).reshape(len(flat) * out, -1)
         outside = (outside[:, None, :, None] | (i < 0)[:, None] | (i >= n)[:, None]).reshape(flat.shape)
     return flat.masked_fill(outside, geometry.n_input)
+
+
+def patches(convolution: Convolution, x: Tensor) -> list[Tensor]:
+    """What each output sees, (B*U, C/G*K) a group."""
+    planes = F.pad(x.flatten(2), (0, 1))[..., meeting_places(convolution.geometry, x.device)]
+    return [part.transpose(1, 2).flatten(2).flatten(0, 1) for part in planes.chunk(convolution.geometry.groups, dim=1)]
 
 
 def value_gram(geometry: ConvGeometry, weight: Tensor, row_weight: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from rconv_fast.patterns.descent import descend
 from rconv_fast.patterns.problem import Convolution, Reading
 
 if TYPE_CHECKING:
-    from rconv_fast.patterns.alternation import Schedule
+    from rconv_fast.patterns.robust import Schedule
 
 # Values closer than this, relative to the largest, are equal: two windows that share their maximum.
 EQUAL = 1e-10

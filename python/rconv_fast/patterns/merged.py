@@ -65,6 +65,11 @@ class Merged:
         return self.first.high
 
     @property
+    def bends(self) -> bool:
+        """Yes: the slopes between are those of the iterate."""
+        return True
+
+    @property
     def image(self) -> bool:
         """Whether X is the network's input."""
         return self.first.image
@@ -123,10 +128,6 @@ class Merged:
 class Solver(Protocol):
     """Solves the weighted equations of a front, again and again."""
 
-    @property
-    def bends(self) -> bool:
-        """Whether they are linear only near the iterate."""
-
     def solve(self, reading: Reading, filter_weights: Sequence[Tensor], ridge: float, start: Tensor | None) -> Tensor:
         """The minimiser; filter weights (F,) of each layer, last one first."""
 
@@ -141,7 +142,6 @@ class MergedSolver:
     """Conjugate gradients on the weighted equations of two merged convolutions."""
 
     front: Merged
-    bends: bool = True
 
     def solve(self, reading: Reading, filter_weights: Sequence[Tensor], ridge: float, start: Tensor | None) -> Tensor:
         """A few steps towards the minimiser, from `start`; without one, from what the last convolution says alone."""

@@ -21,7 +21,7 @@ from rconv_fast.geometry import ConvGeometry
 from rconv_fast.solve import GradientRows, Rows, System, WeightRows
 
 if TYPE_CHECKING:
-    from rconv_fast.patterns.alternation import Schedule
+    from rconv_fast.patterns.robust import Schedule
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,12 @@ class Convolution:
         r"""Of the unknown, (B, C, \*in)."""
         return torch.Size((self.batch, self.geometry.in_channels, *self.geometry.input_size))
 
+    @property
+    def rows_per_unknown(self) -> float:
+        """Gradient rows for each unknown of one channel, ``F K / (G B n)``."""
+        g = self.geometry
+        return g.out_channels * g.n_taps / (g.groups * self.batch * g.n_input)
+
     def as_planes(self, outputs: Tensor) -> Tensor:
         r"""(B, F, U) to (B, F, \*out)."""
         return outputs.reshape(len(outputs), self.geometry.out_channels, *self.geometry.out_size)
@@ -73,6 +79,11 @@ class Convolution:
     def back(self, y: Tensor, kernel: Tensor) -> Tensor:
         """The adjoint of both: ``W^T y`` with kernel W, ``B^T y`` with g for y and y as the kernel."""
         return apply_weight_adjoint(self.geometry, self.as_planes(y), kernel)
+
+    @property
+    def bends(self) -> bool:
+        """No."""
+        return False
 
     @property
     def last(self) -> Convolution:
@@ -127,6 +138,10 @@ class Front(Protocol):
     @property
     def image(self) -> bool:
         """Whether the unknown is the network's input."""
+
+    @property
+    def bends(self) -> bool:
+        """Whether the equations are linear only near the iterate."""
 
     @property
     def last(self) -> Convolution:

@@ -14,11 +14,13 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
-from rconv_fast.patterns.alternation import DESCENT, GENTLE, MERGED, SHARP, SOFT, Attempt, Schedule, alternate, kicked
+from rconv_fast.patterns.alternation import BELIEFS, Attempt, Believing, alternate, kicked
 from rconv_fast.patterns.averages import Averages, pack, rank_of_products
+from rconv_fast.patterns.beliefs import can_believe
 from rconv_fast.patterns.certificate import Fit, certify
 from rconv_fast.patterns.least_squares import WeightedSolver
 from rconv_fast.patterns.problem import Problem
+from rconv_fast.patterns.robust import DESCENT, GENTLE, MERGED, SHARP, SOFT, Schedule
 from rconv_fast.progress import Event
 from rconv_fast.walk.chain import LEAST_TOLERANCE, Chain, merge, read_chain, read_problem
 from rconv_fast.walk.found import Known, Options, Pass
@@ -32,6 +34,8 @@ SEARCH_SECONDS = 60.0
 # Misfit up to which the nearest input so far is worth a kick, and handed on where all fail: a forward run of it may
 # correct the layers behind.
 NEAR = 0.2
+# Gradient rows for each unknown of a channel from which the first robust schedule mostly suffices.
+PLENTY = 4.0
 SCHEDULES, MERGED_SCHEDULES = (SHARP, SOFT, DESCENT, GENTLE), (MERGED,)
 
 
@@ -76,11 +80,13 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
     limited = options.budget.is_limited
     options = options if limited else replace(options, budget=options.budget.at_most(SEARCH_SECONDS))
     start = time.perf_counter()
-    searched = _search(_Searched(chain, problem), options)
-    merged = merge(graph, chain, problem) if searched.goes_on(options.budget) else None
-    if merged is not None:
+    merged = merge(graph, chain, problem)
+    searched = _search(_Searched(chain, problem, alone=merged is None), options)
+    unfinished = searched.goes_on(options.budget) or searched.leaves_open
+    if merged is not None and unfinished:
         by_both = _search(_Searched(*merged), options)
-        searched = by_both if by_both.misfit <= searched.misfit and not by_both.reason else searched
+        better = by_both.certified if searched.certified else by_both.misfit <= searched.misfit
+        searched = by_both if better and not by_both.reason else searched
     if searched.goes_on(options.budget) and searched.misfit <= NEAR:
         searched = _kicked(searched, options)
     return _outcome(graph, searched, time.perf_counter() - start, options)
@@ -88,10 +94,14 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
 
 @dataclass(frozen=True)
 class _Searched:
-    """What stands in front of a hidden layer, the nearest input so far and how it was found, or why not."""
+    """What stands in front of a hidden layer, the nearest input so far and how it was found, or why not.
+
+    `alone`: no other convolution can be merged with it, so that more work on this one is worth its time.
+    """
 
     chain: Chain
     problem: Problem
+    alone: bool = False
     nearest: Fit | None = None
     how: str = ""
     reason: str = ""
@@ -101,9 +111,19 @@ class _Searched:
         """Of the nearest input."""
         return math.inf if self.nearest is None else self.nearest.misfit
 
+    @property
+    def certified(self) -> bool:
+        """Whether the pattern was found."""
+        return self.nearest is not None and self.nearest.certified
+
+    @property
+    def leaves_open(self) -> bool:
+        """Whether values are open under the pattern that was found."""
+        return self.nearest is not None and self.nearest.certified and not bool(self.nearest.determined.all())
+
     def goes_on(self, budget: Budget) -> bool:
         """Whether there is time left and nothing certified."""
-        return not budget.spent and (self.nearest is None or not self.nearest.certified)
+        return not budget.spent and not self.certified
 
     def after(self, name: str, attempt: Attempt) -> _Searched:
         """The same after an attempt."""
@@ -125,7 +145,7 @@ def _search(searched: _Searched, options: Options) -> _Searched:
             return replace(searched, reason=f"gradients of rank {rank} leave {averages.positions} patches open")
     if (least := WeightedSolver(problem.front.last).seconds) > options.budget.left:
         return replace(searched, reason=f"one step of a search takes {least:.0f} s: time_limit= allows it")
-    for name, propose in _proposals(problem, chain):
+    for name, propose in _proposals(searched):
         options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} ({name})"))
         searched = searched.after(name, propose(options.budget))
         if not searched.goes_on(options.budget):
@@ -145,12 +165,16 @@ def _kicked(searched: _Searched, options: Options) -> _Searched:
 Proposal = Callable[[Budget], Attempt]
 
 
-def _proposals(problem: Problem, chain: Chain) -> Iterator[tuple[str, Proposal]]:
-    """Ways to search, cheapest first, by name."""
+def _proposals(searched: _Searched) -> Iterator[tuple[str, Proposal]]:
+    """Ways to search by name, those first that are the likely and the cheap ones."""
+    problem, chain = searched.problem, searched.chain
     if isinstance(problem.hidden, Averages):
         yield "packing", lambda budget: _packed(problem, chain, budget)
         return
-    for schedule in _schedules(chain):
+    schedules: list[Schedule | Believing] = [*_schedules(chain)]
+    if searched.alone and can_believe(problem):
+        schedules.insert(problem.front.last.rows_per_unknown >= PLENTY, BELIEFS)
+    for schedule in schedules:
         yield schedule.name, functools.partial(alternate, problem, schedule)
 
 
@@ -190,6 +214,11 @@ def _outcome(graph: Graph, searched: _Searched, seconds: float, options: Options
     label = " + ".join(step.label for step in chain.steps if isinstance(step.rule, ConvRule))
     how = f"{searched.how}, {seconds:.1f} s{'' if found.certified else ', not certified'}"
     report = LayerReport(label, chain.conv.rule.kind, found.evidence, seconds, how)
-    determined = torch.full_like(values[name], found.certified, dtype=torch.bool)
+    by_pattern = {chain.hidden.name: pieces.reshape(chain.hidden.shape)}
+    determined = found.determined.reshape(values[name].shape)
+    if found.certified and not bool(
+        determined.all()
+    ):  # a pass may know more of these values: that they are not negative
+        return Outcome(by_pattern)
     known = Known(values, {name: determined}, {name: report})
-    return Outcome({chain.hidden.name: pieces.reshape(chain.hidden.shape)}, known, "" if found.certified else reason)
+    return Outcome(by_pattern, known, "" if found.certified else reason)

@@ -1,0 +1,207 @@
+"""Beliefs about hidden positions: what values and gradients say of them, the equations they weigh, and the search."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attacks import photo
+from rconv_fast.budget import Budget
+from rconv_fast.geometry import ConvGeometry
+from rconv_fast.layers.windows import Windows
+from rconv_fast.patterns import information
+from rconv_fast.patterns.alternation import BELIEFS, alternate
+from rconv_fast.patterns.beliefs import Estimate, Marginal, can_believe, gradient_belief, position_belief
+from rconv_fast.patterns.certificate import certify
+from rconv_fast.patterns.information import Equations
+from rconv_fast.patterns.maxima import Maxima
+from rconv_fast.patterns.problem import Convolution, Problem, Reading
+from rconv_fast.patterns.robust import SHARP
+
+
+def convolution(groups: int = 1, batch: int = 1, channels: int = 2, filters: int = 4) -> Convolution:
+    geometry = ConvGeometry.create("test", channels, filters, (5, 6), 3, stride=2, padding=1, groups=groups)
+    weight = torch.randn(filters, channels // groups, 3, 3, dtype=torch.float64)
+    return Convolution(geometry, weight, torch.randn(filters).double(), torch.randn_like(weight), batch)
+
+
+def columns(function: object, shape: torch.Size) -> Tensor:
+    """The matrix of a linear function."""
+    basis = torch.eye(math.prod(shape), dtype=torch.float64)
+    return torch.stack([function(one.view(shape)).flatten() for one in basis], 1)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("groups", "batch"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_information_is_that_of_all_rows_with_their_covariances(groups: int, batch: int) -> None:
+    c = convolution(groups, batch)
+    outputs = (batch, 4, c.geometry.n_output)
+    g, target, weight = torch.randn(outputs).double(), torch.randn(outputs).double(), torch.rand(outputs).double()
+    root = torch.randn(4, *2 * (c.weight[0].numel(),), dtype=torch.float64)
+    zeros = torch.rand(c.shape, dtype=torch.float64)
+    equations = Equations(c, Reading(g, target, weight), zeros, root @ root.mT)
+    of_values = columns(lambda x: c.output(x) - c.bias[:, None], c.shape)
+    of_gradients = columns(lambda x: c.weight_gradient(x, g), c.shape)
+    metric = torch.block_diag(*equations.precision)
+    expected = of_gradients.T @ metric @ of_gradients + of_values.T @ torch.diag(weight.flatten()) @ of_values
+    assert torch.allclose(equations.information(), expected + torch.diag(zeros.flatten()))
+    seen = of_gradients.T @ metric @ c.grad_weight.flatten()
+    known = of_values.T @ (weight * (target - c.bias[:, None])).flatten()
+    assert torch.allclose(equations.right().flatten(), seen + known)
+
+
+@pytest.mark.parametrize("most_exact", [1700, 0], ids=["exact", "drawn"])
+def test_error_bars_are_those_of_the_inverse(most_exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(information, "MOST_EXACT", most_exact)
+    monkeypatch.setattr(information, "DRAWS", 4000)
+    c = convolution(2, 2)
+    g = torch.randn(2, 4, c.geometry.n_output, dtype=torch.float64)
+    white = torch.eye(9, dtype=torch.float64).expand(4, 9, 9)
+    solved = Equations(c, Reading(g, g, torch.rand_like(g)), torch.ones(c.shape).double(), white).solved()
+    covariance = (solved.factor @ solved.factor.T).inverse()
+    of_values = columns(lambda x: c.output(x) - c.bias[:, None], c.shape)
+    of_x, of_o = solved.variances(c)
+    tolerance = 1e-8 if most_exact else 0.15
+    assert torch.allclose(of_x.flatten(), covariance.diagonal(), rtol=tolerance)
+    assert torch.allclose(of_o.flatten(), (of_values @ covariance @ of_values.T).diagonal(), rtol=tolerance)
+
+
+def pairs(known: bool = True) -> Maxima:
+    """One filter, two windows of two positions each; maxima 1 and 2."""
+    windows = Windows.create((4,), (2,), (2,), (0,), (1,))
+    value = torch.tensor([[[1.0, 2.0]]], dtype=torch.float64)
+    return Maxima.create(windows, value, torch.tensor([[[0.5, -1.5]]]).double(), torch.full_like(value, known) > 0)
+
+
+def test_a_position_is_believed_by_how_well_it_meets_the_maximum_and_the_others_stay_below() -> None:
+    maxima, normal = pairs(), torch.distributions.Normal(0.0, 1.0)
+    o, s = torch.tensor([0.9, 1.2, 1.0, 1.9], dtype=torch.float64), 0.3
+    belief = position_belief(maxima, Marginal.alike(o.view(1, 1, 4), s))[0, 0]
+    z = (o - torch.tensor([1.0, 1.0, 2.0, 2.0])) / s
+    density, below = normal.log_prob(z).exp(), normal.cdf(-z)
+    likely = (density * below.view(2, 2).flip(1).flatten()).view(2, 2)
+    assert torch.allclose(belief, likely / likely.sum(1, keepdim=True))
+    assert float(position_belief(pairs(known=False), Marginal.alike(o.view(1, 1, 4), s)).abs().max()) == 0
+
+
+def test_an_equation_does_not_confirm_itself() -> None:
+    others, own, target = (torch.tensor([0.4]), 1 / 0.2**2), 1 / 0.1**2, 1.0
+    precision = others[1] + own
+    both = Marginal(
+        (others[0] * others[1] + target * own) / precision, torch.tensor([precision**-0.5]), own / precision
+    )
+    cavity = replace(both, share=torch.tensor([float(both.share)])).without_own(target)
+    assert torch.allclose(cavity.mean, others[0])
+    assert torch.allclose(cavity.deviation, torch.tensor([0.2]))
+
+
+def test_gradients_say_of_a_window_what_all_patterns_of_the_others_say_on_average(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside a window in doubt one that is sure: the likelihood of either position is a Gaussian, written out."""
+    monkeypatch.setattr("rconv_fast.patterns.beliefs.HEARD", 1.0)
+    maxima, x = pairs(), torch.tensor([0.3, -0.2, 0.9, 0.5, 0.1], dtype=torch.float64).view(1, 1, 5)
+    geometry = ConvGeometry.create("test", 1, 1, (5,), 2)
+    weight = torch.tensor([[[1.0, -0.5]]], dtype=torch.float64)
+    bare = Convolution(geometry, weight, torch.zeros(1).double(), torch.zeros_like(weight))
+    right = maxima.gradient(maxima.one_hot(torch.tensor([[[1, 0]]])))
+    c = replace(bare, grad_weight=bare.weight_gradient(x, right))
+    by_value = torch.tensor([[[[0.6, 0.4], [1.0, 0.0]]]], dtype=torch.float64)
+    error = 0.2
+    known = Estimate(Marginal.alike(x, error), Marginal.alike(c.output(x), error))
+    belief = gradient_belief(c, maxima, known, by_value, by_value)
+    white = error**2 * float(maxima.gradient(by_value).square().sum())
+    missed = [
+        c.grad_weight - c.weight_gradient(x, maxima.gradient(maxima.one_hot(torch.tensor([[[q, 0]]])))) for q in (0, 1)
+    ]
+    odds = by_value[0, 0, 0] * torch.stack([torch.exp(-m.square().sum() / (2 * white)) for m in missed])
+    assert torch.allclose(belief[0, 0, 0], odds / odds.sum())
+    assert torch.equal(belief[0, 0, 1], by_value[0, 0, 1])
+
+
+def pooled(x: Tensor, filters: int, *, low: float = -math.inf) -> Problem:
+    """Behind a convolution of 5x5, a ReLU and a 2x2 max pooling, with the gradients of a random loss."""
+    conv = nn.Conv2d(x.shape[1], filters, 5, padding=2, dtype=torch.float64)
+    maxima = F.max_pool2d(conv(x).relu(), 2)
+    grad = torch.randn_like(maxima)
+    (grad_weight,) = torch.autograd.grad(maxima, conv.weight, grad)
+    geometry = ConvGeometry.create("test", x.shape[1], filters, x.shape[2:], 5, padding=2)
+    windows = Windows.create(geometry.out_size, (2, 2), (2, 2), (0, 0), (1, 1))
+    front = Convolution(
+        geometry, conv.weight.detach(), conv.bias.detach(), grad_weight, len(x), low, image=low == -math.inf
+    )
+    value = maxima.detach().flatten(2)
+    return Problem(front, Maxima.create(windows, value, grad.flatten(2), value > 0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beliefs_find_a_colour_picture(seed: int) -> None:
+    """Twelve filters have so few equations that no robust schedule finds any of these."""
+    torch.manual_seed(seed)
+    x = photo(16)
+    found = alternate(pooled(x, 12), BELIEFS, Budget())
+    assert found.certified
+    assert found.fit is not None
+    assert torch.allclose(found.fit.x, x, atol=1e-9)
+
+
+def test_values_behind_a_relu_are_believed_to_be_zero() -> None:
+    torch.manual_seed(0)
+    x = F.conv2d(photo(12), torch.randn(6, 3, 5, 5, dtype=torch.float64) / 5, padding=2).relu()
+    found = alternate(pooled(x, 20, low=0.0), BELIEFS, Budget())
+    assert found.certified
+    assert found.fit is not None
+    assert torch.allclose(found.fit.x, x, atol=1e-9)
+
+
+def test_no_beliefs_about_too_many_values_or_what_is_no_maximum() -> None:
+    problem = pooled(photo(12, channels=1), 8)
+    assert can_believe(problem)
+    assert not can_believe(pooled(photo(36), 8))
+    assert alternate(problem, SHARP, Budget.seconds(0)).fit is not None
+
+
+def test_equations_too_singular_for_a_factor_end_a_search_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rconv_fast.patterns.information.safe_cholesky", refuse)
+    found = alternate(pooled(photo(12, channels=1), 8), BELIEFS, Budget())
+    assert not found.certified
+
+
+def refuse(*_: object) -> None:
+    raise torch.linalg.LinAlgError("not positive-definite")
+
+
+def test_a_right_pattern_that_leaves_values_open_is_certified_by_an_input_that_meets_everything() -> None:
+    """A corner that no active window sees is open under the right pattern; another value there fits as well."""
+    torch.manual_seed(0)
+    problem, x = corner_unseen()
+    pattern = problem.hidden.choose(problem.front.output(x))
+    fit = certify(problem, pattern, x)
+    assert fit is not None
+    assert fit.certified
+    assert not bool(fit.determined.all())
+    wrong = pattern.clone()
+    wrong[0, 0, -1] = (wrong[0, 0, -1] + 1) % 4
+    assert certify(problem, wrong, x) is None
+
+
+def corner_unseen() -> tuple[Problem, Tensor]:
+    """A picture of which the windows that see the first corner are all negative."""
+    x = photo(12, channels=1)
+    problem = pooled(x, 24)
+    front, hidden = problem.front, problem.hidden
+    assert isinstance(front, Convolution)
+    assert isinstance(hidden, Maxima)
+    o = front.output(x)
+    value, grad = hidden.value.clone(), hidden.grad.clone()
+    first = torch.tensor([0, 1, 6, 7])
+    known = hidden.known.clone()
+    known[..., first] = False
+    bound = hidden.windows.gather(o).amax(-1).clamp_min(0)
+    blind = replace(hidden, value=value * known, grad=grad * known, known=known, bound=bound)
+    g = blind.tight(blind.choose(o)).g
+    return replace(problem, front=replace(front, grad_weight=front.weight_gradient(x, g)), hidden=blind), x
