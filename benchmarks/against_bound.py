@@ -7,6 +7,7 @@ ends, how many of its values are within two of their error bars, the law of its 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -101,8 +102,8 @@ def freedom(given: Leak) -> int:
     return sum(g.numel() for g in given.gradients.values()) - given.x.numel()
 
 
-def reach(network: Network, sigma: float, x: Tensor, photo: int) -> Reached:
-    given = noisy(network, x, sigma, photo)
+def reach(network: Network, sigma: float, x: Tensor, photo: int, seed: int) -> Reached:
+    given = noisy(network, x, sigma, seed)
     noise = given.gradients.noise
     bound = cramer_rao(given.model, given.loss, given.x, given.labels, noise=noise)
     start = time.process_time()
@@ -120,9 +121,10 @@ def reach(network: Network, sigma: float, x: Tensor, photo: int) -> Reached:
 
 
 def rows(n_photos: int) -> Iterator[dict[str, Any]]:
+    """Every answer has parameters and noise of its own."""
+    seeds = itertools.count()
     for network, sigma in product(NETWORKS, SIGMAS):
-        photos = pictures(network, n_photos)
-        found = [reach(network, sigma, x[None], i) for i, x in enumerate(photos)]
+        found = [reach(network, sigma, x[None], i, next(seeds)) for i, x in enumerate(pictures(network, n_photos))]
         yield {"name": f"noise/{network.name}", "sigma": sigma, "reached": [asdict(one) for one in found]}
 
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib
@@ -232,6 +233,34 @@ def of_paper(results: list[Result]) -> str:
     return table([*header, "beside ours", "note", "images that failed"], rows)
 
 
+def of_bounds(results: list[Result]) -> str:
+    """One line a network: what answers under noise reach of the Cramer-Rao bound; the last line is all of them."""
+    networks = {name: [r for r in results if r["name"] == name] for name in dict.fromkeys(r["name"] for r in results)}
+    rows = []
+    for name, found in {**networks, "noise/all": results}.items():
+        answers = [a for r in found for a in r["reached"]]
+        gaps, lawful = [a["bound"] - a["psnr"] for a in answers], [abs(a["z"]) <= LAW for a in answers]
+        covered = [a["within_two"] for a in answers if a["within_two"] == a["within_two"]]
+        by_noise = (
+            f"{r['sigma']:g}: {median(a['bound'] for a in r['reached']):.1f} / {median(a['psnr'] for a in r['reached']):.1f}"
+            for r in found
+        )
+        rows.append(
+            [
+                short(name),
+                "-" if found is results else ", ".join(by_noise),
+                f"{median(gaps):+.2f} dB",
+                f"{max(gaps):+.2f} dB",
+                f"{sum(covered) / len(covered):.3f} of {len(covered)} answers",
+                f"{sum(lawful)} of {len(lawful)}",
+                f"{sum(a['verified'] for a in answers)} of {len(answers)}",
+                f"{seconds(median(a['seconds'] for a in answers))}, {seconds(max(a['seconds'] for a in answers))}",
+            ]
+        )
+    header = ["network", "noise: bound / reached, dB", "median gap", "largest", "values within two error bars"]
+    return table([*header, "chi-square within 3 deviations", "verified", "time: median, longest"], rows)
+
+
 def of_others(results: list[Result]) -> str:
     rows = []
     for r in results:
@@ -240,12 +269,15 @@ def of_others(results: list[Result]) -> str:
     return table(["case", "ours", "found", "others"], rows)
 
 
+# The chi-square of a right answer is within so many deviations in 99 % of cases.
+LAW = 3.0
 # What the paper's PSNR adds: 20 log10 255.
 PEAK_255 = 48.13
 
 # The first whose mark a result has says what table it goes into.
 KINDS: list[tuple[Callable[[Result], bool], Callable[[list[Result]], str]]] = [
     (lambda r: "attack" in r, of_paper),
+    (lambda r: "reached" in r, of_bounds),
     (lambda r: "rrconv" in r, of_beside),
     (lambda r: "gb_per_s" in r, of_builders),
     (lambda r: "failures" in r.get("record", {}), of_rates),
@@ -318,7 +350,24 @@ def plot(name: str, pattern: str, label: str, picture: str, per: Callable[[float
     figure.savefig(DOCS / picture, dpi=120)
 
 
+def plot_bounds() -> None:
+    """Draw what answers under noise reach over the Cramer-Rao bound."""
+    figure, axes = pyplot.subplots(figsize=(5, 4.5), layout="constrained")
+    found = [r for path in files_of("noise") for r in json.loads(path.read_text())["results"] if "reached" in r]
+    if not found:
+        return
+    for name in dict.fromkeys(r["name"] for r in found):
+        answers = [a for r in found if r["name"] == name for a in r["reached"]]
+        axes.plot([a["bound"] for a in answers], [a["psnr"] for a in answers], ".", label=short(name))
+    low, high = axes.get_xlim()
+    axes.plot([low, high], [low, high], "k-", linewidth=0.7)
+    axes.set(xlabel="Cramér-Rao bound, dB", ylabel="reached, dB")
+    axes.legend(fontsize=7)
+    figure.savefig(DOCS / "bound.png", dpi=120)
+
+
 def main() -> None:
+    plot_bounds()
     for path in PAGES:
         path.write_text(fill(path.read_text()))
     plot("scale", r"scale/(vgg-stem)/(\d+)/cpu-float64", "pixels of an edge", "growth.png", lambda n: 3 * n * n)
