@@ -241,10 +241,10 @@ def of_bounds(results: list[Result]) -> str:
         answers = [a for r in found for a in r["reached"]]
         gaps, lawful = [a["bound"] - a["psnr"] for a in answers], [abs(a["z"]) <= LAW for a in answers]
         covered = [a["within_two"] for a in answers if a["within_two"] == a["within_two"]]
-        by_noise = (
-            f"{r['sigma']:g}: {median(a['bound'] for a in r['reached']):.1f} / {median(a['psnr'] for a in r['reached']):.1f}"
-            for r in found
-        )
+        by_noise = []
+        for r in found:
+            bound, reached = (median(a[key] for a in r["reached"]) for key in ("bound", "psnr"))
+            by_noise.append(f"{r['sigma']:g}: {bound:.1f} / {reached:.1f}")
         rows.append(
             [
                 short(name),

@@ -9,10 +9,12 @@ from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.average import AverageRule
 from rconv_fast.layers.conv import ConvRule
+from rconv_fast.patterns.beliefs import MOST
 from rconv_fast.walk.graph import Graph, Step
 
-# With fewer rows (gradient constraints and windows) per unknown the positions of a max pooling were in no trial found.
-HOPELESS = 2.0
+# Rows (gradient constraints and windows) per unknown from which the positions of a max pooling were found in every
+# trial, in most, in some: by beliefs, and where the unknowns are too many for those.
+BELIEVED, ALTERNATED = (3.0, 1.8, 1.4), (4.0, 3.0, 2.0)
 # The same of two convolutions merged, all rows of both per value of the first one's input.
 MERGED_HOPELESS = 7.0
 
@@ -52,16 +54,18 @@ def _is_behind_one_convolution(graph: Graph, step: Step) -> bool:
     )
 
 
-def hidden_pattern(graph: Graph, layers: Sequence[str], rows_a_value: float) -> str:
-    """The hidden pattern behind some layers and how hard it is; empty where there is none."""
+def hidden_pattern(graph: Graph, layers: Sequence[str], unknowns: int, rows_a_value: float) -> tuple[str, bool]:
+    """The hidden pattern behind some layers and how hard it is (empty: there is none), and whether that is hopeless."""
     for layer in layers:
         hidden = _hidden_behind(graph, layer)
         if hidden is not None and is_pool(hidden):
-            hard = _hardness(rows_a_value)
-            return f"{hidden.rule.kind} hides its positions: {rows_a_value:.1f} rows per unknown, {hard}"
+            limits = BELIEVED if unknowns <= MOST else ALTERNATED
+            hard = _hardness(rows_a_value, limits)
+            text = f"{hidden.rule.kind} hides its positions: {rows_a_value:.1f} rows per unknown, {hard}"
+            return text, rows_a_value < limits[-1]
         if hidden is not None:
-            return f"{hidden.rule.kind} in front of a global average hides its pattern: found in most trials"
-    return ""
+            return f"{hidden.rule.kind} in front of a global average hides its pattern: found in most trials", False
+    return "", False
 
 
 def merged_with(graph: Graph, layers: Sequence[str]) -> Step | None:
@@ -95,10 +99,11 @@ def _hidden_behind(graph: Graph, name: str) -> Step | None:
     return _hidden_behind(graph, behind.name) if isinstance(behind.rule, ActivationRule | AffineRule) else None
 
 
-def _hardness(ratio: float) -> str:
+def _hardness(ratio: float, limits: tuple[float, float, float]) -> str:
     """How often the search for a pooling's positions succeeded in this package's own trials."""
-    if ratio >= 4:
+    every, most, some = limits
+    if ratio >= every:
         return "found in every trial"
-    if ratio >= 3:
+    if ratio >= most:
         return "found in most trials"
-    return "found in some trials" if ratio >= HOPELESS else "not found in trials"
+    return "found in some trials" if ratio >= some else "not found in trials"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from rconv_fast.audit.hidden import HOPELESS, hidden_pattern, is_pool, is_searched, merged_pattern, merged_with
+from rconv_fast.audit.hidden import hidden_pattern, is_pool, is_searched, merged_pattern, merged_with
 from rconv_fast.audit.structure import checked_shape, read_structure
 from rconv_fast.audit.tally import PhaseRank, Places, Tally, head_capacity, tally, union
 from rconv_fast.errors import require_count
@@ -285,8 +285,8 @@ class _Count:
         weights = math.floor(sum(self._paper_share(layer) * self._numel(layer.name) for layer in layers))
         gradients = sum(tally.gradients for tally in tallies)
         rows_a_value = (gradients + points + sum(values)) / unknowns
-        hidden = hidden_pattern(self.graph, [layer.name for layer in layers], rows_a_value)
-        reason = self._shortfall(step, rank, unknowns, unreached) or hidden * (rows_a_value < HOPELESS)
+        hidden, hopeless = hidden_pattern(self.graph, [layer.name for layer in layers], unknowns, rows_a_value)
+        reason = self._shortfall(step, rank, unknowns, unreached) or hidden * hopeless
         if reason and hidden and (merged := self._merged(layers, gradients + sum(values))):
             hidden, reason = merged, ""
         named = layers or consumers
