@@ -125,7 +125,7 @@ def rows(n_photos: int) -> Iterator[dict[str, Any]]:
     seeds = itertools.count()
     for network, sigma in product(NETWORKS, SIGMAS):
         found = [reach(network, sigma, x[None], i, next(seeds)) for i, x in enumerate(pictures(network, n_photos))]
-        yield {"name": f"noise/{network.name}", "sigma": sigma, "reached": [asdict(one) for one in found]}
+        yield {"name": f"bound/{network.name}", "sigma": sigma, "reached": [asdict(one) for one in found]}
 
 
 def say(row: dict[str, Any]) -> None:

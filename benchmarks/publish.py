@@ -237,7 +237,7 @@ def of_bounds(results: list[Result]) -> str:
     """One line a network: what answers under noise reach of the Cramer-Rao bound; the last line is all of them."""
     networks = {name: [r for r in results if r["name"] == name] for name in dict.fromkeys(r["name"] for r in results)}
     rows = []
-    for name, found in {**networks, "noise/all": results}.items():
+    for name, found in {**networks, "bound/all": results}.items():
         answers = [a for r in found for a in r["reached"]]
         gaps, lawful = [a["bound"] - a["psnr"] for a in answers], [abs(a["z"]) <= LAW for a in answers]
         covered = [a["within_two"] for a in answers if a["within_two"] == a["within_two"]]
@@ -353,7 +353,7 @@ def plot(name: str, pattern: str, label: str, picture: str, per: Callable[[float
 def plot_bounds() -> None:
     """Draw what answers under noise reach over the Cramer-Rao bound."""
     figure, axes = pyplot.subplots(figsize=(5, 4.5), layout="constrained")
-    found = [r for path in files_of("noise") for r in json.loads(path.read_text())["results"] if "reached" in r]
+    found = [r for path in files_of("bound") for r in json.loads(path.read_text())["results"] if "reached" in r]
     if not found:
         return
     for name in dict.fromkeys(r["name"] for r in found):

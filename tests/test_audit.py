@@ -39,13 +39,16 @@ def recovery(drawn: Drawn, batch_size: int, seed: int) -> Inversion:
 # The first of the grammar that are small enough to be quick; the nightly sweep takes all of them.
 @pytest.mark.parametrize("seed", range(12))
 def test_verdict_is_what_invert_does(seed: int) -> None:
+    """Near the least equations that a hidden pattern takes it is found for some pictures: "partial" is right there."""
     drawn = draw(seed)
     options = {"batch_size": drawn.batch_size, "advice": False}
     report = audit(drawn.model, drawn.input_shape, **options)
     counted = audit(drawn.model, drawn.input_shape, **options, run=False)
     found = recovery(drawn, drawn.batch_size, seed)
     said = f"{drawn}\n{report.summary()}\n{counted.summary()}\n{found.summary()}"
-    assert (report.verdict == "exact") == found.verified, said
+    assert found.verified or report.verdict != "exact", said
+    by_picture = report.verdict == "partial" and any(layer.pattern for layer in report.layers)
+    assert report.verdict == "exact" or by_picture or not found.verified, said
     assert found.verified or counted.verdict != "exact", said
 
 

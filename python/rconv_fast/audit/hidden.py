@@ -13,7 +13,7 @@ from rconv_fast.patterns.beliefs import MOST
 from rconv_fast.walk.graph import Graph, Step
 
 # Rows (gradient constraints and windows) per unknown from which the positions of a max pooling were found in every
-# trial, in most, in some: by beliefs, and where the unknowns are too many for those.
+# trial, in most, in some: by beliefs, and where the unknowns are too many for those or two convolutions are merged.
 BELIEVED, ALTERNATED = (3.0, 1.8, 1.4), (4.0, 3.0, 2.0)
 # The same of two convolutions merged, all rows of both per value of the first one's input.
 MERGED_HOPELESS = 7.0
@@ -59,7 +59,8 @@ def hidden_pattern(graph: Graph, layers: Sequence[str], unknowns: int, rows_a_va
     for layer in layers:
         hidden = _hidden_behind(graph, layer)
         if hidden is not None and is_pool(hidden):
-            limits = BELIEVED if unknowns <= MOST else ALTERNATED
+            believed = unknowns <= MOST and merged_with(graph, layers) is None
+            limits = BELIEVED if believed else ALTERNATED
             hard = _hardness(rows_a_value, limits)
             text = f"{hidden.rule.kind} hides its positions: {rows_a_value:.1f} rows per unknown, {hard}"
             return text, rows_a_value < limits[-1]
