@@ -34,7 +34,7 @@ class Fit:
 def certify(problem: Problem, pattern: Tensor, x: Tensor) -> Fit | None:
     """Solve all equations under a pattern found at x, every one counting the same; None where something contradicts it.
 
-    No more equations than they fix values would leave nothing to contradict; a wrong pattern meets m more to a relative
+    No more equations than unknowns would leave nothing to contradict; a wrong pattern meets m more to a relative
     eps with a chance of about eps^m. Where they leave values open under the right pattern, x itself must meet them.
     """
     system = problem.system(problem.hidden.tight(pattern), x)

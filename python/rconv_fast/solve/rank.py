@@ -25,10 +25,10 @@ MAX_FACTORED_UNKNOWNS = 512
 SHIFT_ROUNDINGS = 10
 
 # ``x - z`` of a probe is minus the part of z in the null space. Of a Gaussian z that is at least as long as one
-# Gaussian number: shorter than t with a probability of at most sqrt(2 / pi) t. Half of one in a million is for one
-# probe that leaves next to nothing, half for two that leave little: one takes fewer iterations, where it gets there.
-FALSE_CLAIM = 1e-6
-PROBE_TOLERANCES = tuple(math.sqrt(math.pi / 2) * (FALSE_CLAIM / 2) ** (1 / probes) for probes in (1, 2))
+# Gaussian number: shorter than t with a probability of at most sqrt(2 / pi) t. For all probes together: one in a
+# million.
+PROBES, FALSE_CLAIM = 2, 1e-6
+PROBE_TOLERANCE = math.sqrt(math.pi / 2) * FALSE_CLAIM ** (1 / PROBES)
 # Where some directions are open, a value is fixed if the null space moves it by no more than this; by chance an open
 # one agrees about once in 1e12 times.
 VALUE_TOLERANCE = 1e-6
@@ -52,21 +52,18 @@ def probe(system: System, recover: Recover) -> Tensor:
     """Which values the equations fix, bool of x's shape, by projecting Gaussian vectors z on the row space.
 
     The solution x of ``M x = M z`` that starts from 0 is z less its part in the null space. All values are fixed if
-    ``||x - z||``, in the 2-norm, is less than the first of `PROBE_TOLERANCES` for one z or less than the second for
-    two: a null vector may be spread over all of them. With fewer equations than values that is never said.
+    ``||x - z|| < PROBE_TOLERANCE`` for each z, in the 2-norm: a null vector may be spread over all of them. With
+    fewer equations than values that is never said.
     """
     determined = touched(system)
     free = determined if system.support is None else determined & system.support
     scarce = system.count < int(free.sum())
     generator = torch.Generator().manual_seed(1)  # not that of a sketch, which z must not depend on
     full = not scarce
-    for tolerance in PROBE_TOLERANCES:
+    for _ in range(PROBES):
         z = torch.randn(system.shape, generator=generator, dtype=torch.float64).to(system.rhs[0]) * free
-        x = recover(system.apply(z), lambda x, z=z, least=tolerance: norm([x - z]) < least)  # type: ignore[misc]
-        left = norm([x - z])
-        if full and left < PROBE_TOLERANCES[0]:
-            break
-        if scarce or not left < PROBE_TOLERANCES[1]:
+        x = recover(system.apply(z), lambda x, z=z: norm([x - z]) < PROBE_TOLERANCE)  # type: ignore[misc]
+        if scarce or norm([x - z]) >= PROBE_TOLERANCE:
             full = False
             determined = determined & ((x - z).abs() < VALUE_TOLERANCE)
     if not full and bool(determined[free].all()):  # a contradiction: nothing is certain

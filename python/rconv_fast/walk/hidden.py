@@ -119,7 +119,7 @@ class _Searched:
     @property
     def leaves_open(self) -> bool:
         """Whether values are open under the pattern that was found."""
-        return self.nearest is not None and self.nearest.certified and not bool(self.nearest.determined.all())
+        return self.nearest is not None and self.certified and not bool(self.nearest.determined.all())
 
     def goes_on(self, budget: Budget) -> bool:
         """Whether there is time left and nothing certified."""
@@ -216,9 +216,7 @@ def _outcome(graph: Graph, searched: _Searched, seconds: float, options: Options
     report = LayerReport(label, chain.conv.rule.kind, found.evidence, seconds, how)
     by_pattern = {chain.hidden.name: pieces.reshape(chain.hidden.shape)}
     determined = found.determined.reshape(values[name].shape)
-    if found.certified and not bool(
-        determined.all()
-    ):  # a pass may know more of these values: that they are not negative
+    if searched.leaves_open:  # a pass may know more of these values, such as that they are not negative
         return Outcome(by_pattern)
     known = Known(values, {name: determined}, {name: report})
     return Outcome(by_pattern, known, "" if found.certified else reason)
