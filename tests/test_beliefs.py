@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from attacks import photo
+from pooled_layers import pooled_layer
 from rconv_fast.budget import Budget
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.windows import Windows
@@ -123,25 +124,8 @@ def test_gradients_say_of_a_window_what_all_patterns_of_the_others_say_on_averag
     assert torch.equal(belief[0, 0, 1], by_value[0, 0, 1])
 
 
-def pooled(x: Tensor, filters: int, *, low: float = -math.inf, rare: int = 0) -> Problem:
-    """Behind a convolution of 5x5, a ReLU and a 2x2 max pooling, with the gradients of a random loss.
-
-    Of `rare` filters only the largest maximum is positive.
-    """
-    conv = nn.Conv2d(x.shape[1], filters, 5, padding=2, dtype=torch.float64)
-    with torch.no_grad():
-        for f, o in enumerate(conv(x)[0, :rare]):
-            conv.bias[f] -= F.max_pool2d(o[None], 2).flatten().topk(2).values.mean()
-    maxima = F.max_pool2d(conv(x).relu(), 2)
-    grad = torch.randn_like(maxima)
-    (grad_weight,) = torch.autograd.grad(maxima, conv.weight, grad)
-    geometry = ConvGeometry.create("test", x.shape[1], filters, x.shape[2:], 5, padding=2)
-    windows = Windows.create(geometry.out_size, (2, 2), (2, 2), (0, 0), (1, 1))
-    front = Convolution(
-        geometry, conv.weight.detach(), conv.bias.detach(), grad_weight, len(x), low, image=low == -math.inf
-    )
-    value = maxima.detach().flatten(2)
-    return Problem(front, Maxima.create(windows, value, grad.flatten(2), value > 0))
+def pooled(x: Tensor, filters: int, *, image: bool = True, rare: int = 0) -> Problem:
+    return pooled_layer(x, filters, image=image, rare=rare).problem
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -190,7 +174,7 @@ def test_a_filter_with_a_single_active_window_does_not_mislead() -> None:
 def test_values_behind_a_relu_are_believed_to_be_zero() -> None:
     torch.manual_seed(0)
     x = F.conv2d(photo(12), torch.randn(6, 3, 5, 5, dtype=torch.float64) / 5, padding=2).relu()
-    problem = pooled(x, 20, low=0.0)
+    problem = pooled(x, 20, image=False)
     near = x + 0.01 * torch.randn_like(x)
     known = Estimate(Marginal.alike(near, 0.01), Marginal.alike(problem.front.output(near), 0.05))
     found = updated(problem, known)

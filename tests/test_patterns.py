@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from attacks import photo
 from layers import random_weight
+from pooled_layers import Layer, pooled_layer
 from rconv_fast.budget import Budget
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.windows import Windows
@@ -22,9 +22,8 @@ from rconv_fast.patterns.averages import arrange
 from rconv_fast.patterns.certificate import certify
 from rconv_fast.patterns.descent import descend
 from rconv_fast.patterns.least_squares import WeightedSolver, value_gram
-from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.packing import find_columns, rank_of
-from rconv_fast.patterns.problem import Convolution, Problem, Reading
+from rconv_fast.patterns.problem import Reading
 from rconv_fast.patterns.robust import DESCENT, GENTLE, SHARP, SOFT
 from rconv_fast.solve import ThroughRows, WeightRows
 
@@ -82,37 +81,6 @@ def test_the_normal_matrix_of_values_is_that_of_their_rows(geometry: ConvGeometr
     n = geometry.in_channels * geometry.n_input
     gram = value_gram(geometry, weight, row_weight[0].flatten(1)).view(n, n)
     torch.testing.assert_close(gram, rows.normal())
-
-
-@dataclass
-class Layer:
-    """One convolution, a ReLU and a pool, and what a pass would know behind them."""
-
-    problem: Problem
-    x: Tensor
-
-    @property
-    def truth(self) -> Tensor:
-        hidden, convolution = self.problem.hidden, self.problem.front
-        return hidden.choose(convolution.output(self.x))
-
-
-def pooled_layer(
-    x: Tensor, filters: int, pool: tuple[int, int, int] = (2, 2, 0), *, image: bool = True, groups: int = 1
-) -> Layer:
-    """Values and gradients behind ``pool(relu(conv(x)))``, of a random loss."""
-    kernel, stride, padding = pool
-    conv = nn.Conv2d(x.shape[1], filters, 5, padding=2, groups=groups, dtype=torch.float64)
-    pooled = F.max_pool2d(conv(x).relu(), kernel, stride, padding)
-    grad = torch.randn_like(pooled)
-    (grad_weight,) = torch.autograd.grad(pooled, conv.weight, grad)
-    geometry = ConvGeometry.create("test", x.shape[1], filters, x.shape[2:], 5, padding=2, groups=groups)
-    windows = Windows.create(geometry.out_size, (kernel,) * 2, (stride,) * 2, (padding,) * 2, (1, 1))
-    low = -math.inf if image else 0.0
-    weight, bias = conv.weight.detach(), conv.bias.detach()
-    convolution = Convolution(geometry, weight, bias, grad_weight, len(x), low, image=image)
-    value = pooled.detach().flatten(2)
-    return Layer(Problem(convolution, Maxima.create(windows, value, grad.flatten(2), value > 0)), x)
 
 
 def features(channels: int, size: int) -> Tensor:
