@@ -15,7 +15,7 @@ from rconv_fast.walk.graph import Graph, Step
 # Rows (gradient constraints and windows) per unknown from which the positions of a max pooling were found in every
 # trial, in most, in some: by beliefs (benchmarks/pattern_trials.py), and where the unknowns are too many for those or
 # two convolutions are merged.
-BELIEVED, ALTERNATED = (3.0, 2.0, 1.4), (4.0, 3.0, 2.0)
+BELIEVED, ALTERNATED = (3.0, 2.1, 1.4), (4.0, 3.0, 2.0)
 # The same of two convolutions merged, all rows of both per value of the first one's input.
 MERGED_HOPELESS = 7.0
 
