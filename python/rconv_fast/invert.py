@@ -16,6 +16,7 @@ from rconv_fast.heads.candidates import HeadOutcome, head_candidates
 from rconv_fast.heads.tokens import token_ids
 from rconv_fast.local_steps import to_middle_weights, what_steps_mean
 from rconv_fast.losses import Loss
+from rconv_fast.memory import keep_freed_pages
 from rconv_fast.observation import Noise
 from rconv_fast.one_reading import answer_of, kept
 from rconv_fast.progress import Event, progress_callback
@@ -113,6 +114,7 @@ def invert(
     ----------
     R-CONV (Eltaras et al., WISE 2024), sections 3 and 4; R-CONV++ (Computing 107:156, 2025).
     """
+    keep_freed_pages()
     shape = check_arguments(model, input_shape, prior, batch_size, dtype)
     known_method = isinstance(method, str) and method in METHODS
     require(known_method, "invert", "method", f"be one of {', '.join(METHODS)}", repr(method))

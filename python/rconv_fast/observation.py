@@ -204,12 +204,13 @@ class Observation:
         least = torch.finfo(torch.float64).tiny  # 0 / 0 is no mismatch
         for part in parts(self.gradients, name):
             own, other = entries(self.gradients, name, part), flat[part]
-            difference = (other - own).double()
+            seen, difference = own.double(), (other - own).double()
             deviation = self.sigma(name, part).clamp_min(least)
+            in_units = difference / deviation
             total += _Miss(
-                float(difference.square().sum()),
-                float(own.double().square().sum()),
-                float((difference / deviation).square().sum()),
+                float(torch.dot(difference, difference)),
+                float(torch.dot(seen, seen)),
+                float(torch.dot(in_units, in_units)),
                 int(torch.count_nonzero((own != 0) | (other != 0))),
             )
         return total

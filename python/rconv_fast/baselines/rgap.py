@@ -16,6 +16,7 @@ from rconv_fast.baselines.problem import Options, Problem, posed
 from rconv_fast.errors import require
 from rconv_fast.layers.activation import of_module
 from rconv_fast.result import Inversion
+from rconv_fast.verdict import match_bar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,7 +97,10 @@ LOGISTIC = "binary_cross_entropy_with_logits"
 
 
 def best_reading(problem: Problem, readings: Sequence[tuple[Head, Reached]], notes: Sequence[str] = ()) -> Inversion:
-    """The answer with the least gradient mismatch; without any input, what the first reading left."""
+    """The answer with the least gradient mismatch; without any input, what the first reading left.
+
+    Of those that match, as both readings of a homogeneous network do, the first: it has the smaller logit.
+    """
     answers = [
         problem.answer(
             r.inputs,
@@ -109,7 +113,8 @@ def best_reading(problem: Problem, readings: Sequence[tuple[Head, Reached]], not
         if r.inputs is not None
     ]
     if answers:
-        return min(answers, key=lambda answer: answer.gradient_residual)
+        bar = match_bar(problem.observation.precision)
+        return min(answers, key=lambda answer: max(answer.gradient_residual, bar))
     first = readings[0][1]
     return problem.stopped(first.stops_at, first.reason, first.features, first.layers)
 

@@ -32,22 +32,29 @@ class _Level:
     shapes : tuple of (m, e, b, sides)
         For each kind, m different fronts of e eliminated and b later columns, each `sides` times.
     eliminated : slice
-        The eliminated columns, for each kind an array (m, e, sides).
+        The eliminated columns, for each kind an array (m, sides, e).
     index : Tensor
-        All columns, for each kind an array (m, e + b, sides).
+        All columns, for each kind an array (m, sides, e + b).
     """
 
     shapes: tuple[tuple[int, int, int, int], ...]
     eliminated: slice
     index: Tensor
 
-    def parts(self, eliminated: Tensor, every: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of both arrays for each kind, (m, e, sides * vectors) and (m, e + b, sides * vectors)."""
-        vectors = eliminated.shape[1]
+    def parts(self, eliminated: Tensor, every: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """For each kind, views of the rows that one product takes: (m, rows, e) and (m, rows, e + b).
+
+        Rows are the sides of one vector, in one product, or many vectors, in a product for each side.
+        """
         own = eliminated.split([m * e * sides for m, e, _, sides in self.shapes])
         both = every.split([m * (e + b) * sides for m, e, b, sides in self.shapes])
         for (m, e, b, sides), o, t in zip(self.shapes, own, both, strict=True):
-            yield o.view(m, e, sides * vectors), t.view(m, e + b, sides * vectors)
+            vectors = o.shape[1]
+            if vectors == 1:
+                yield [(o.view(m, sides, e), t.view(m, sides, e + b))]
+            else:
+                each = (o.view(m, sides, e, vectors).unbind(1), t.view(m, sides, e + b, vectors).unbind(1))
+                yield [(one.mT, other.mT) for one, other in zip(*each, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -74,10 +81,10 @@ def _elimination(geometry: ConvGeometry, row_weights: bool, device: torch.device
         for kind in kinds:
             distinct = kind.n_fronts if row_weights else 1
             columns = channels + torch.from_numpy(kind.positions)[:, :, None]  # (groups, n_fronts, n, channels)
-            columns = columns.view(geometry.groups * distinct, kind.n_fronts // distinct, -1).mT
+            columns = columns.view(geometry.groups * distinct, kind.n_fronts // distinct, -1)
             e, b = kind.n_eliminated * per_group, kind.n_boundary * per_group
-            shapes.append((len(columns), e, b, columns.shape[2]))
-            eliminated.append(columns[:, :e].flatten())
+            shapes.append((len(columns), e, b, columns.shape[1]))
+            eliminated.append(columns[..., :e].flatten())
             every.append(columns.flatten())
         levels.append((tuple(shapes), torch.cat(eliminated), torch.cat(every)))
     order = torch.cat([eliminated for _, eliminated, _ in levels])
@@ -133,8 +140,8 @@ class _Sweep:
         self._levels = []
         for level in levels:
             own, every = self.x[level.eliminated], like.new_empty(len(level.index), vectors)
-            of_level = itertools.islice(left, len(level.shapes))
-            cut = [(f.matrix, *views) for f, views in zip(of_level, level.parts(own, every), strict=True)]
+            of_level = zip(itertools.islice(left, len(level.shapes)), level.parts(own, every), strict=True)
+            cut = [(front.matrix, *rows) for front, products in of_level for rows in products]
             self._levels.append((level.index, own, every, cut))
 
     def forward(self) -> None:
@@ -143,7 +150,7 @@ class _Sweep:
         x = self.x.squeeze(1) if narrow else self.x
         for index, eliminated, changes, cut in self._levels:
             for matrix, own, every in cut:
-                torch.bmm(matrix.mT, own, out=every)
+                torch.bmm(own, matrix, out=every)
             eliminated.zero_()
             x.index_add_(0, index, changes.squeeze(1) if narrow else changes)
 
@@ -152,7 +159,7 @@ class _Sweep:
         for index, _, values, cut in reversed(self._levels):
             torch.index_select(self.x, 0, index, out=values)
             for matrix, own, every in cut:
-                torch.bmm(matrix, every, out=own)
+                torch.bmm(every, matrix.mT, out=own)
 
 
 class DissectionFactor:
@@ -253,11 +260,12 @@ class DissectionFactor:
     def solve_rt(self, v: Tensor) -> Tensor:
         """``R^-T v``, v of shape (C, *in) or (vectors, C, *in); returned in R's order, (n,) or (n, vectors)."""
         self._require_nonsingular()
-        columns = v.reshape(-1, len(self._elimination.order))[:, self._elimination.order]
+        columns = v.reshape(-1, len(self._elimination.order))
+        columns = columns.gather(1, self._elimination.order.expand_as(columns))
         sweep = self._sweep(len(columns))
         sweep.x.copy_(columns.mT)
         sweep.forward()
-        x = sweep.x.clone()
+        x = sweep.x.clone() if len(columns) == 1 else sweep.x  # the memory of many vectors is not used again
         return x if v.ndim > self.geometry.ndim + 1 else x.squeeze(1)
 
     def solve_r(self, y: Tensor) -> Tensor:
@@ -292,7 +300,7 @@ class DissectionFactor:
         """``|diag R|`` of every unknown, pinned ones included."""
         return torch.cat(
             [
-                front.diagonal.unsqueeze(2).expand(m, e, sides).flatten()
+                front.diagonal.unsqueeze(1).expand(m, sides, e).flatten()
                 for front, (m, e, _, sides) in zip(self._fronts, self._elimination.shapes, strict=True)
             ]
         )

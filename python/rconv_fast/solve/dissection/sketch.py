@@ -19,7 +19,7 @@ from rconv_fast.solve.rows import GradientRows, Rows, WeightRows
 ROWS_PER_EDGE, ROWS_PER_DIRECTION, MORE_ROWS, FEW_OUTPUTS = 1.0, 1.2, 50, 32
 
 # Combinations are formed so many at a time, as a convolution has an overhead but falls out of the cache.
-MAX_TOGETHER, UNKNOWNS_TOGETHER = 8, 100_000
+MAX_TOGETHER, UNKNOWNS_TOGETHER = 28, 100_000
 
 
 def sketch_size(rows: WeightRows) -> int:
