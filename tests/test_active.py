@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rconv_fast.constraints.operators import apply_gradient, apply_weight
-from rconv_fast.solve import GradientRows, System, WeightRows, hybrid, plan, solve
+from rconv_fast.solve import GradientRows, System, WeightRows, hybrid, plan, solve, tiles
 from rconv_fast.solve.active import solve_with_zeros
 from rconv_fast.solve.krylov import NO_LIMIT
 from rconv_fast.solve.preconditioners import inverse_diagonal
+from rconv_fast.solve.rounded import RoundedSystem
 from rconv_fast.solve.rows import balance
 from rconv_fast.testing import geometry as make
 
@@ -53,6 +54,18 @@ def test_the_same_answer_in_fewer_iterations(seed: int) -> None:
     assert float(found.x.min()) > -1e-10
     assert found.determined.all()
     assert (found.proof, usual.proof) == ("nonnegative", "probe")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_products_in_bfloat16_lead_to_the_same_answer_and_proof(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "has_bfloat16", lambda _: True)  # slower where it is not so
+    monkeypatch.setattr(tiles, "pays", lambda _: True)
+    x, system = behind_relu(34, seed)
+    assert isinstance(tiles.products(system, torch.bfloat16), RoundedSystem)
+    found = solve(system, solver="hybrid", nonnegative=True)
+    assert found.residual < 2e-13
+    assert float((found.x - x).abs().max()) < 1e-10
+    assert found.proof == "nonnegative"
 
 
 def test_a_false_promise_of_no_negative_values_changes_no_answer() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.solve.conjugate import LeastSquares, dot
 from rconv_fast.solve.krylov import KrylovResult, Plateau, Progress
+from rconv_fast.solve.rounded import RoundedSystem
 from rconv_fast.solve.rows import System, norm
 from rconv_fast.solve.tiles import Products, products
 
@@ -78,7 +79,7 @@ def solve_with_zeros(
     system : System
         Balanced; its unknowns are known not to be negative.
     diagonal : Tensor
-        Inverse diagonal of ``M^T M``, in `inner_dtype`.
+        Inverse diagonal of ``M^T M``, in float32.
     inner_dtype, rtol, max_iterations, budget, progress
         As in `rconv_fast.solve.krylov.refine`.
     """
@@ -87,6 +88,7 @@ def solve_with_zeros(
         return None
     x, size = torch.zeros(system.shape, dtype=system.rhs[0].dtype, device=diagonal.device), scale
     inner = products(system, inner_dtype)
+    nearly = inner.exact if isinstance(inner, RoundedSystem) else inner
     inside = PinnedLeastSquares(inner, [b / size for b in inner.rhs], diagonal)
     reference = start = float(inside.gamma.clamp_min(0.0).sqrt())
     if start == 0.0:
@@ -110,7 +112,7 @@ def solve_with_zeros(
                 free = _sets(x, free, inside.s * diagonal * size, coarse=coarse)
                 inside.hold(free)
                 x = x * free
-            at = inner if coarse else system  # far from the answer its rounding does not matter
+            at = nearly if coarse else system  # far from the answer its rounding does not matter
             residual = [b - q for b, q in zip(at.rhs, at.apply(x.to(at.rhs[0].dtype)), strict=True)]
             before, size = size, norm(residual)
             if size <= rtol * scale:

@@ -153,7 +153,7 @@ def _follows_from_signs(best: Attempt, budget: Budget) -> bool:
         best.built.system,
         best.result.x == 0,
         inverse_diagonal(best.built.system, torch.float32),
-        inner_dtype=torch.float32,
+        inner_dtype=torch.bfloat16,
         max_iterations=best.result.iterations,
         budget=budget,
     )
@@ -166,7 +166,7 @@ def _iterate_with_zeros(
     return solve_with_zeros(
         built.system,
         inverse_diagonal(built.system, torch.float32),
-        inner_dtype=torch.float32,
+        inner_dtype=torch.bfloat16,
         rtol=max(rtol, LARGE_RTOL),
         max_iterations=min(plan.max_iterations, MAX_ITERATIONS_WITH_ZEROS),
         budget=budget,
@@ -221,9 +221,9 @@ def _iterate(plan: Plan, built: Built, rtol: float, budget: Budget, progress: Pr
 # A preconditioner that leads to the answer within so many iterations may be near enough to the inverse to prove that
 # there is one.
 MAX_QUICK_ITERATIONS = 12
-# A probe knows its answer, looks at it ten times or more, and may take this much longer than the solve: one that held
+# A probe knows its answer, looks at it forty times or more, and may take this much longer than the solve: one that held
 # zeros took fewer iterations than a probe, which knows none, needs.
-PROBE_EVERY, PROBE_PATIENCE, PATIENCE_AFTER_ZEROS = 10, 1.5, 4.0
+PROBE_EVERY, PROBE_LOOKS, PROBE_PATIENCE, PATIENCE_AFTER_ZEROS = 10, 40, 1.5, 4.0
 
 
 def _recover(attempt: Attempt, budget: Budget) -> Recover:
@@ -241,7 +241,7 @@ def _recover(attempt: Attempt, budget: Budget) -> Recover:
             rtol=0.0,
             max_iterations=max(PROBE_EVERY, int(patience * attempt.result.iterations)),
             accept=accept,
-            accept_every=min(PROBE_EVERY, max(1, attempt.result.iterations // PROBE_EVERY)),
+            accept_every=min(PROBE_EVERY, max(1, attempt.result.iterations // PROBE_LOOKS)),
             budget=budget,
         ).x
 

@@ -65,21 +65,22 @@ def fixed_by_signs(
     zeros : Tensor
         Bool, of x's shape.
     diagonal : Tensor
-        Inverse diagonal of ``M^T M``, in `inner_dtype`.
+        Inverse diagonal of ``M^T M``, in the precision of vectors.
     inner_dtype : torch.dtype
-        Precision of the products in the iterations.
+        Precision of the products in the iterations that need few digits; that of the others is the diagonal's.
     max_iterations, budget
         Of each of the three iterations; False when they are used up.
     """
     if system.support is not None or not bool((diagonal > 0).all()) or float(zeros.double().mean()) < MIN_ZEROS:
         return False
-    inner, part = products(system, inner_dtype), (~zeros).to(inner_dtype)
-    bound = _inverse_bound(system, inner, part, diagonal, max_iterations, budget)
+    rough, part = products(system, inner_dtype), (~zeros).to(diagonal)
+    bound = _inverse_bound(system, rough, part, diagonal, max_iterations, budget)
     if bound is None:
         return False
-    v = _positive(inner, part, diagonal, max_iterations, budget)
+    v = _positive(rough, part, diagonal, max_iterations, budget)
     if v is None:
         return False
+    inner = products(system, diagonal.dtype)
     v = v - _reaching(inner, part, diagonal, v, bound, max_iterations, budget)
     u = system.adjoint(system.apply(v.to(system.rhs[0].dtype))) * diagonal.sqrt()
     return float(u[zeros].min()) > math.sqrt(bound) * norm([u[~zeros]])
@@ -115,7 +116,9 @@ def _bound_shown_by(
 
     z, white where D is 1, is found from ``M_P z`` up to ``p(D^-1 N) z``. Along the smallest eigenvalue l that is
     ``p(l)`` times a Gaussian number, so ``p(l) < 1/2`` if it is as small as that number hardly ever is, and for an l
-    below all roots of p, ``p(l) >= 1 - l slope``.
+    below all roots of p, ``p(l) >= 1 - l slope``. What is known of that number comes from residuals in the system's
+    precision; products that round M by an E take ``l^(1/2) (l^(1/2) + |E D^-1/2|) slope`` of it, so with E up to
+    ``l^(1/2)`` the l that is shown is half as large.
     """
     least = 0.5 * PROBE_TOLERANCE
     weight = diagonal.double().sqrt()
@@ -128,7 +131,7 @@ def _bound_shown_by(
         state.step()
         if iteration % LOOK_EVERY == 0:
             if norm([(left - state.x * size) / weight]) < least:
-                return 2 * state.slope
+                return 4 * state.slope
             if not math.isfinite(state.slope) or budget.spent:
                 return None
         if float(state.gamma) < FALL**2 * reference:

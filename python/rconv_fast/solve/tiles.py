@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rconv_fast.geometry import ConvGeometry
+from rconv_fast.solve.rounded import RoundedSystem, has_bfloat16, pays
 from rconv_fast.solve.rows import GradientRows, System, WeightRows
 
 # Finite points beside 0 and infinity: of those tried the ones that round least, three times as much as plain sums.
@@ -50,10 +51,14 @@ class Products(Protocol):
 
 
 def products(system: System, dtype: torch.dtype) -> Products:
-    """The quickest products in a precision."""
+    """The quickest products in a precision; in float32 where bfloat16 is asked for and does not pay."""
     blocks = [block for block in system.blocks if isinstance(block, GradientRows | WeightRows)]
     same = len(blocks) == len(system.blocks) and len({block.geometry for block in blocks}) == 1
     on_cpu = system.rhs[0].device.type == "cpu"  # elsewhere the library of the device does the like
+    if dtype == torch.bfloat16:
+        if same and has_bfloat16(system.rhs[0].device) and pays(blocks[0].geometry):
+            return RoundedSystem.create(system)
+        return products(system, torch.float32)
     if dtype == torch.float32 and same and on_cpu and _pay(blocks[0].geometry):
         return TiledSystem.create(system, blocks)
     return system.to(dtype)
