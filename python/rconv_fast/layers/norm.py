@@ -115,7 +115,10 @@ class NormRule(Rule):
         q = self._mean_product(h, xhat, known)
         if q is None:
             return []
-        sigma = self._sigma_behind(before, q, xhat, known) if self.statistics is None else wide(self.statistics.sigma)
+        if self.statistics is None:
+            sigma, noise = self._sigma_behind(before, q, xhat, known)
+        else:
+            sigma, noise = wide(self.statistics.sigma), torch.ones_like(q)
         if sigma is None:
             return []
         sure = torch.isfinite(sigma)  # a set without a gradient says nothing of its deviation
@@ -132,6 +135,7 @@ class NormRule(Rule):
                 sigma=torch.where(sure, sigma, 1.0),
                 mean=mean,
                 shift=self.sets.centre(bias.expand(size)),
+                trust=_trust(noise),
                 xhat=xhat,
                 known=known * sure,
                 grad_weight=before.grad_weight,
@@ -169,20 +173,31 @@ class NormRule(Rule):
         positions = h.shape[2:] if sums.numel() == h[0].numel() else (1,) * (h.ndim - 2)
         return self.sets.mean(each.reshape(1, h.shape[1], *positions).expand_as(h)).expand_as(h)
 
-    def _sigma_behind(self, conv: ConvRule, q: Tensor, xhat: Tensor, known: Tensor) -> Tensor | None:
-        """Sigma of each set of a convolution's outputs, NaN where nothing shows it; None where it cannot be told."""
+    def _sigma_behind(self, conv: ConvRule, q: Tensor, xhat: Tensor, known: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Sigma of each set of a convolution's outputs, NaN where nothing shows it; None where it cannot be told.
+
+        And its relative noise, up to a factor: the terms ``w dW`` nearly add up to nothing, the rounding of each stays.
+        """
         if bool((known > 0).all()):
-            return self._deviation(xhat).expand_as(q)
+            return self._deviation(xhat).expand_as(q), torch.ones_like(q)
         if conv.grad_weight is None or not (self.sets.groups is None or len(q) == 1):
-            return None
-        scale = (conv.weight * conv.grad_weight).flatten(1).sum(dim=1)
-        if conv.bias is not None and not self.sets.by_channel(len(scale)):
+            return None, q
+        terms = (conv.weight * conv.grad_weight).flatten(1)
+        if conv.bias is not None and not self.sets.by_channel(len(terms)):
             if conv.grad_bias is None:
-                return None
-            scale = scale + conv.bias * conv.grad_bias
-        each = scale.reshape(1, -1, *(1,) * (q.ndim - 2)) / q[:, 0].numel()
-        squared = q * self.eps / self.sets.mean(each.expand_as(q))
-        return torch.where(squared > 0, squared, torch.nan).sqrt()
+                return None, q
+            terms = torch.cat([terms, (conv.bias * conv.grad_bias)[:, None]], dim=1)
+        shape, count = (1, -1, *(1,) * (q.ndim - 2)), q[:, 0].numel()
+        total, size = (self.sets.mean((t.sum(dim=1) / count).reshape(shape).expand_as(q)) for t in (terms, terms.abs()))
+        squared = q * self.eps / total
+        return torch.where(squared > 0, squared, torch.nan).sqrt(), size / total.abs()
+
+
+def _trust(noise: Tensor) -> Tensor:
+    """What equations weigh whose other noise is about as large as most of this one, which may be infinite."""
+    known = noise[noise.isfinite()]
+    typical = known.median() if len(known) else 1.0
+    return torch.where(noise.isfinite(), 1 / (1 + (noise / typical).square()).sqrt(), 1.0)
 
 
 def has_own_statistics(module: nn.Module) -> bool:

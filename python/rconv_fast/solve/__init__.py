@@ -12,7 +12,7 @@ from rconv_fast.solve.krylov import NO_LIMIT, Progress
 from rconv_fast.solve.map_rows import MapRows, ThroughRows
 from rconv_fast.solve.nonnegative import solve_nonnegative
 from rconv_fast.solve.norm_conv import NormalisedConv
-from rconv_fast.solve.normalised import NormSets
+from rconv_fast.solve.normalised import NormSets, OffsetRows
 from rconv_fast.solve.phases.solve import count_phases, direct_bytes, solve_by_phases
 from rconv_fast.solve.precision import in_exact_products
 from rconv_fast.solve.prior import PRIORS, apply_prior
@@ -30,6 +30,7 @@ __all__ = [
     "MapRows",
     "NormSets",
     "NormalisedConv",
+    "OffsetRows",
     "PointRows",
     "Rows",
     "Solution",

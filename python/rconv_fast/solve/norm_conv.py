@@ -33,6 +33,8 @@ class NormalisedConv:
         ``mean(h xhat)`` of each output's set, broadcastable to `h`.
     sigma : Tensor
         ``sqrt(var(o) + eps)``, broadcastable to `h`.
+    trust : Tensor
+        What the equations with each sigma weigh, broadcastable to `h`.
     mean : Tensor or None
         ``mean(o)`` without bias where it is known, (1, F, 1, ...).
     shift : Tensor
@@ -51,6 +53,7 @@ class NormalisedConv:
     h: Tensor
     q: Tensor
     sigma: Tensor
+    trust: Tensor
     mean: Tensor | None
     shift: Tensor
     xhat: Tensor
@@ -85,7 +88,7 @@ class NormalisedConv:
     def _value_rows(self) -> list[Rows]:
         """``o - mean(o) = sigma xhat`` where known; its error is sigma times that of xhat."""
         centred = self.sigma * self.xhat - self.shift
-        weight = self.known * (self.sigma.min() / self.sigma)
+        weight = self.known * self.trust * (self.sigma.min() / self.sigma)
         if self.mean is None:
             return [CentredRows.create(self.geometry, self.weight, self.sets, centred, weight)]
         values = WeightRows.create(self.geometry, self.weight, centred + self.mean, weight)
@@ -95,10 +98,11 @@ class NormalisedConv:
         if self.grad_weight is None:
             return []
         g = self.gradient(x)
-        main = GradientRows.create(self.geometry, self.grad_weight, g)
+        noise = g / self.trust
+        main = GradientRows.create(self.geometry, self.grad_weight, g, noise)
         if x is None or self.is_linear:
             return [main]
-        scale = GradientRows.scales(g).reshape(1, -1, *(1,) * self.geometry.ndim)
+        scale = GradientRows.scales(noise).reshape(1, -1, *(1,) * self.geometry.ndim)
         slope = torch.where(self.known > 0, 0.0, -scale * self.q / self.sigma.square())
         return [TangentRows.create(main, self.weight, self.sets if self.mean is None else None, slope, x)]
 

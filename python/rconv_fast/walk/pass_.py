@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from rconv_fast.layers.activation import ActivationRule, relu
+from rconv_fast.layers.constants import place_by_bias
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.dropout import DropoutRule, with_exact_zeros
 from rconv_fast.layers.knowledge import Knowledge
@@ -97,6 +99,8 @@ class _Recursion(Tables):
             stop = halt.stop
         except KeyboardInterrupt as interrupt:
             stop = self._interrupted(self.graph.steps[name], interrupt)
+        if stop is None and self.contradiction is None:
+            self._fill_constants()
         tables = self.values, self.grads, self.raw, self.determined, self.reports
         return Pass(*tables, stop, self.contradiction, frozenset(self.open))
 
@@ -125,6 +129,7 @@ class _Recursion(Tables):
             return
         if gradient is None:
             self._catch_up(step)
+        self._place(step)
         self._snap(step)
 
     def _catch_up(self, step: Step) -> None:
@@ -173,11 +178,41 @@ class _Recursion(Tables):
                 system = system.around(best.x)
             inequalities = flat_rows(self.graph, self.values, step.name)
             best = apply_prior(system, best, self.options.prior, inequalities, budget=self.options.budget)
+        offsets = system.offsets if isinstance(system, CurvedSystem) else None
+        if offsets is not None:
+            self.constants[step.name] = offsets
         self.values[step.name] = best.x.reshape(step.shape)
         self.determined[step.name] = best.determined.reshape(step.shape)
         if not _is_fixed(step, best) and self.matters(step):
             self.open.add(step.name)
         self.reports[step.name] = LayerReport(label, kind, best.evidence, time.perf_counter() - start)
+
+    def _place(self, step: Step) -> None:
+        """Fix the constants that a norm hides of a ReLU's output; those of classes without zeros are not needed."""
+        offsets, grad_bias = self.constants.get(step.name), None
+        if isinstance(step.rule, ActivationRule) and step.rule.activation.name == "ReLU":
+            grad_bias = self.grad_bias(step)
+        if offsets is None or grad_bias is None:
+            return
+        before = self.determined[step.name]
+        placed = place_by_bias(self.values[step.name], before, offsets.masks, self.grads[step.name], grad_bias)
+        self.values[step.name], self.determined[step.name] = placed.values, placed.determined
+        known = placed.determined & ~before
+        found = sum(int(known[:, :, mask].any(dim=(0, 2)).sum()) for mask in offsets.masks)
+        report = self.reports[step.name]
+        evidence = replace(report.evidence, rank=report.rank + found, hidden=report.hidden - found)
+        self.reports[step.name] = replace(report, evidence=evidence)
+        if bool((placed.determined | placed.positive).all()):
+            self.open.discard(step.name)
+
+    def _fill_constants(self) -> None:
+        """Those that no layer needed, by a run forward from an input that is determined."""
+        names = [n for n in self.constants if n not in self.open and not bool(self.determined[n].all())]
+        x, fixed = self.values.get(self.graph.input), self.determined.get(self.graph.input)
+        if names and x is not None and (fixed is None or bool(fixed.all())):
+            values = self.graph.with_masks(self.graph.masks(self.values)).forward(x)
+            for name in names:
+                self.values[name], self.determined[name] = values[name], torch.ones_like(self.determined[name])
 
     def _interrupted(self, step: Step, interrupt: KeyboardInterrupt) -> Stop:
         """Ctrl-C: the iterate of the solve that was under way is kept, as not determined."""

@@ -17,7 +17,7 @@ from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.norm import NormRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.patterns.pattern import Pattern
-from rconv_fast.solve import CurvedSystem, NormalisedConv, PointRows, System
+from rconv_fast.solve import CurvedSystem, NormalisedConv, OffsetRows, PointRows, System
 from rconv_fast.walk.found import Contradiction, Known, Options, Stop
 from rconv_fast.walk.graph import Graph, Step
 
@@ -47,6 +47,7 @@ class Tables:
         self.open = set(known.open)
         self.contradiction: Contradiction | None = None
         self.late: set[str] = set()
+        self.constants: dict[str, OffsetRows] = {}  # those that a norm takes off, of steps that were solved
 
     def given_or_known(self, name: str) -> Knowledge | None:
         """`knowledge`, but of what was given: that is taken as it is."""
