@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Observation
-from rconv_fast.polish import _step, polish
+from rconv_fast.polish import gauss_newton_step, polish
 
 LABELS = torch.tensor([3])
 
@@ -41,7 +41,7 @@ def test_a_step_is_the_least_squares_solution() -> None:
     flat = torch.cat([part.flatten() for part in problem.residual(at)])
     jacobian = torch.stack([torch.autograd.grad(row, at, retain_graph=True)[0].flatten() for row in flat])
     expected = torch.linalg.lstsq(jacobian, -flat.detach()[:, None], driver="gelsd").solution.view_as(x)
-    step = _step(problem.at(near))
+    step = gauss_newton_step(problem.at(near))
     left, best = (float((jacobian @ d.flatten() + flat.detach()).norm()) for d in (step, expected))
     assert left < best + 1e-3 * float(flat.detach().norm())
 

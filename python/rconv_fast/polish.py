@@ -76,13 +76,13 @@ def polish(problem: GradientMap, inputs: Tensor, goal: float, budget: Budget = N
 def _moved(problem: GradientMap, x: Tensor, share: float) -> Tensor | None:
     """One step from x; with sides to free, a step with them free and one with them rounded."""
     if share == 0:
-        return x + _step(problem.at(x))
+        return x + gauss_newton_step(problem.at(x))
     inputs = problem.kink_inputs(x)
     if not inputs:
         return None
     bits, doubt = sides(inputs), nearest(inputs, share)
     x, bits = freed_step(problem, x, bits, doubt)
-    return x + _step(problem.held({name: sides_of(d) for name, d in bits.items()}).at(x))
+    return x + gauss_newton_step(problem.held({name: sides_of(d) for name, d in bits.items()}).at(x))
 
 
 def sides_of(d: Tensor) -> Tensor:
@@ -139,9 +139,9 @@ def freed_step(
     return x + moved[:n].reshape(x.shape), doubt.put(bits, before + moved[n:])
 
 
-def _step(at: Linearisation) -> Tensor:
+def gauss_newton_step(at: Linearisation, most: int = INNER_ITERATIONS) -> Tensor:
     """``min_d ||J d + r||``."""
-    return _solved(LeastSquares(at.forward, at.adjoint, [-part for part in at.residual]))
+    return _solved(LeastSquares(at.forward, at.adjoint, [-part for part in at.residual]), most=most)
 
 
 def _solved(state: LeastSquares, fall: float = FALL, most: int = INNER_ITERATIONS) -> Tensor:

@@ -1,10 +1,11 @@
 """One sample behind several local steps (experimental): started at the weights half way, matched step by step.
 
 The mean gradient is nearly that of the weights half way: the recursion there, told how nearly, gives a start. What the
-steps at the start's own weights differ from one step half way corrects the mean, and the recursion is run again. From
-the best start Gauss-Newton steps through the unrolled training follow; each flipped side of an activation is a jump
-that no derivative shows, so the sides nearest to their kinks are unknowns beside the input. Exact is only what
-reproduces the whole update.
+steps at the start's own weights differ from one step half way corrects the mean, and the recursion is run again. Where
+that stays far, the mean is half way's gradient under noise, of which the most likely input is nearer. From the best
+start Gauss-Newton steps through the unrolled training follow; each flipped side of an activation is a jump that no
+derivative shows, so the sides nearest to their kinks are unknowns beside the input, the more the larger the mismatch.
+Exact is only what reproduces the whole update.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rconv_fast.estimate import entry_noise
+from rconv_fast.estimate import entry_noise, joint_answer
+from rconv_fast.estimate.bounds import DENSE_UP_TO
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.unrolled import UnrolledMap
 from rconv_fast.heads.candidates import HeadCandidate
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.observation import Match
 from rconv_fast.patterns.pattern import Pattern
-from rconv_fast.polish import freed_step, nearest, polish, sides, size_of
+from rconv_fast.polish import freed_step, gauss_newton_step, nearest, polish, sides, sides_of, size_of
 from rconv_fast.progress import Event
 from rconv_fast.request import Request
 from rconv_fast.verdict import Answer, match_bar, same_answer
@@ -36,8 +38,14 @@ from rconv_fast.walk.search import forward_pieces, passes
 ROUGHNESS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
 # Corrections of the mean; each must lower the mismatch by a twentieth.
 STARTS, GAIN = 3, 0.95
-# Rounds of Gauss-Newton with free sides, steps in each, and the share that is free at first and at most.
-ROUNDS, STEPS, SHARE, MOST = 30, 4, 0.15, 0.3
+# A start that misses more is estimated under noise: relative to a gradient, that of the last layer and of the others.
+NEAR, NOISE = 0.01, (0.01, 0.1)
+# Rounds of Gauss-Newton with free sides, so many without a better one, steps in each.
+ROUNDS, PATIENCE, STEPS = 100, 25, 4
+# The share of the sides that is free: so many times the relative mismatch, as far from an answer as near it; at most.
+SHARE, MOST = 1.5, 0.3
+# Relaxed sides that miss no more than this are tried as they are when rounded, too: they tell those that x does not.
+ROUNDED = 0.05
 # Iterations and ridge of a step.
 ITERATIONS, RIDGE = 250, 1e-6
 # Relative mismatch below which no side is wrong any more; and what ends a step's iterations beside its mismatch.
@@ -105,9 +113,10 @@ def answer_of_steps(
     whole = UnrolledMap(**vars(read), training=training)
     problem = _Problem(request, report, whole)
     found = _start(problem, head)
-    if single.input not in found.values:
+    start = _estimated(problem, single, head, found.values.get(single.input))
+    if start is None:
         return Answer(head, single, found, None, good=False)
-    x = _refined(problem, found.values[single.input])
+    x = _refined(problem, start)
     match = _match(problem, x)
     good = match.relative <= match_bar(observation.precision)
     shown = found.with_value(single.input, x)
@@ -121,7 +130,7 @@ def answer_of_steps(
 
 def _start(problem: _Problem, head: HeadCandidate) -> Pass:
     """The best of the recursions half way, the mean gradient corrected by the best before."""
-    request, whole = problem.request, problem.whole
+    request = problem.request
     mean, gradients = request.observation.gradients, request.observation.gradients
     best, least = Pass({}, {}), math.inf
     for _ in range(STARTS):
@@ -142,41 +151,69 @@ def _start(problem: _Problem, head: HeadCandidate) -> Pass:
         if not size < GAIN * least:
             break
         best, least = found, size
-        x = best.values[graph.input]
-        names = list(whole.parameters)
-        steps = dict(zip(names, (g.detach() for g in whole.gradients(x)), strict=True))
-        half = request.observation.gradients_at(request.working_model, x, head.labels)
-        gradients = {name: mean[name] - steps[name] + half[name] for name in mean}
+        shift = _correction(problem, head, best.values[graph.input])
+        gradients = {name: mean[name] + shift[name] for name in mean}
     return best
+
+
+def _estimated(problem: _Problem, single: Graph, head: HeadCandidate, start: Tensor | None) -> Tensor | None:
+    """The start, or the most likely input where the mean is half way's gradient under noise: the one that misses less.
+
+    What the correction of the mean at an estimate moves is how far the next is taken to be off.
+    """
+    request, whole = problem.request, problem.whole
+    observation, names = request.observation, list(whole.parameters)
+    shape = torch.Size((1, *request.shape))
+    best, least = start, math.inf if start is None else problem.mismatch(start)
+    mean = gradients = {name: observation.gradients[name] for name in names}
+    last = _names_of_head(single)
+    noise = {name: NOISE[name not in last] * size_of([g]) for name, g in mean.items()}
+    for _ in range(2):
+        if least < NEAR or request.budget.spent or shape.numel() > DENSE_UP_TO:
+            break
+        seen = replace(observation, gradients=gradients, noise=noise)
+        found = joint_answer(request.working_model, seen, head.labels, head.values, shape, best, request.budget)
+        if found is not None and problem.mismatch(found.inputs) < least:
+            best, least = found.inputs, problem.mismatch(found.inputs)
+        if best is None:
+            break
+        shift = _correction(problem, head, best)
+        gradients = {name: mean[name] + part for name, part in shift.items()}
+        noise = {name: size_of([part]) / 2 for name, part in shift.items()}
+    return best
+
+
+def _names_of_head(graph: Graph) -> tuple[str, str]:
+    """Of the last layer's parameters."""
+    rule = graph.steps[graph.output].rule
+    assert isinstance(rule, ConvRule)
+    return rule.stored.weight_name, rule.stored.bias_name
+
+
+def _correction(problem: _Problem, head: HeadCandidate, x: Tensor) -> dict[str, Tensor]:
+    """What one step half way differs from the mean of the steps, at x."""
+    steps = [g.detach() for g in problem.whole.gradients(x)]
+    half = problem.request.observation.gradients_at(problem.request.working_model, x, head.labels)
+    return {name: half[name] - g for name, g in zip(problem.whole.parameters, steps, strict=True)}
 
 
 def _refined(problem: _Problem, x: Tensor) -> Tensor:
     """Gauss-Newton through the steps with the sides nearest to their kinks free; the best input on the way."""
     budget, bar = problem.request.budget, match_bar(problem.request.observation.precision)
-    best, least, last, share = x, problem.mismatch(x), math.inf, SHARE
+    best, least = x, problem.mismatch(x)
+    size, better = least, 0  # of the last round, and the round that was best
     for number in range(ROUNDS):
-        if least <= bar / 30 or budget.spent:
+        if least <= bar / 30 or budget.spent or number - better > PATIENCE:
             break
-        x = _round(problem, x, share)
+        last = size
+        x = _round(problem, x, 0.0 if size < SETTLED else min(SHARE * size, MOST))
         size = problem.mismatch(x)
         problem.report(Event("input", "several steps", number, None, size))
-        if not math.isfinite(size):
+        if not math.isfinite(size) or (size < SETTLED and size > 0.3 * last):
             break
-        if size < SETTLED and size > 0.3 * last:
-            break
-        share = _next_share(share, size, last, number)
-        last = size
         if size < least:
-            best, least = x, size
+            best, least, better = x, size, number
     return best
-
-
-def _next_share(share: float, size: float, last: float, number: int) -> float:
-    """Fewer free sides while the mismatch falls; else now more, now fewer; none when it is small."""
-    if size < SETTLED:
-        return 0.0
-    share = 0.7 * share if size < 0.9 * last else min(share * (1.3 if number % 2 else 0.5), MOST)
-    return share if share > 2e-3 else 0.03
 
 
 def _round(problem: _Problem, x: Tensor, share: float) -> Tensor:
@@ -196,7 +233,10 @@ def _round(problem: _Problem, x: Tensor, share: float) -> Tensor:
         ridge = RIDGE * min(1.0, size**2)
         x, bits = freed_step(whole, x, bits, doubt, ridge=ridge, fall=fall, most=ITERATIONS)
         bits = {name: d.clamp(-0.5, 1.5) for name, d in bits.items()}
-    return x
+    if not last < ROUNDED:
+        return x
+    rounded = whole.held({name: sides_of(d) for name, d in bits.items()})
+    return min(x, x + gauss_newton_step(rounded.at(x), ITERATIONS), key=problem.mismatch)
 
 
 def _match(problem: _Problem, x: Tensor) -> Match:

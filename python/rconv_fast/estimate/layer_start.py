@@ -34,8 +34,8 @@ WOODBURY_UP_TO, ROWS_UP_TO = 4096, 2**26
 # That much, and ten times more up to the mean diagonal itself, until they are.
 SHIFT, SHIFTS = 1e-11, 12
 ITERATIONS, TOLERANCE = 200, 1e-6
-# Errors drawn for the error bars where the system is not solved directly, each found to that accuracy.
-DRAWS, ROUGH = 4, 1e-2
+# Errors drawn for the error bars where the system is not solved directly.
+DRAWS = 4
 # Weight rows may outweigh gradient rows by this much where nothing better than the diagonal preconditions them.
 MOST_WEIGHT = 1e4
 
@@ -119,7 +119,7 @@ def solve_rows(rows: WeightedRows) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     drawn = torch.zeros_like(x)
     for _ in range(DRAWS):
-        drawn += _iterate(rows.normal, rows.draw(generator), precondition, ROUGH).square() / DRAWS
+        drawn += _iterate(rows.normal, rows.draw(generator), precondition).square() / DRAWS
     # The draws are few: half of a value's variance is its own, half the mean of its channel.
     pooled = drawn / 2 + drawn.flatten(2).mean(2).reshape(*drawn.shape[:2], *(1,) * rows.geometry.ndim) / 2
     return x, pooled.sqrt()
@@ -211,8 +211,8 @@ def _shifted_cholesky(blocks: Tensor, prior: float) -> Tensor:
     raise LinAlgError("blocks that are not positive semi-definite")  # or not finite
 
 
-def _iterate(normal: Apply, right: Tensor, precondition: Apply, tolerance: float = TOLERANCE) -> Tensor:
-    return conjugate_gradients(normal, right, precondition, tolerance=tolerance, iterations=ITERATIONS)[0]
+def _iterate(normal: Apply, right: Tensor, precondition: Apply) -> Tensor:
+    return conjugate_gradients(normal, right, precondition, tolerance=TOLERANCE, iterations=ITERATIONS)[0]
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
