@@ -42,8 +42,8 @@ STARTS, GAIN = 3, 0.95
 NEAR, NOISE = 0.01, (0.01, 0.1)
 # Rounds of Gauss-Newton with free sides, so many without a better one, steps in each.
 ROUNDS, PATIENCE, STEPS = 100, 25, 4
-# The share of the sides that is free: so many times the relative mismatch, as far from an answer as near it; at most.
-SHARE, MOST = 1.5, 0.3
+# The share of the sides that is free: so many times the relative mismatch, within these bounds.
+SHARE, LEAST, MOST = 1.5, 0.01, 0.3
 # Relaxed sides that miss no more than this are tried as they are when rounded, too: they tell those that x does not.
 ROUNDED = 0.05
 # Iterations and ridge of a step.
@@ -206,7 +206,7 @@ def _refined(problem: _Problem, x: Tensor) -> Tensor:
         if least <= bar / 30 or budget.spent or number - better > PATIENCE:
             break
         last = size
-        x = _round(problem, x, 0.0 if size < SETTLED else min(SHARE * size, MOST))
+        x = _round(problem, x, 0.0 if size < SETTLED else min(max(SHARE * size, LEAST), MOST))
         size = problem.mismatch(x)
         problem.report(Event("input", "several steps", number, None, size))
         if not math.isfinite(size) or (size < SETTLED and size > 0.3 * last):
