@@ -17,6 +17,8 @@ BIN := .venv/bin
 CUDA_SITE := build/cuda
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -type f -not -name '*.pyc')
 CPU_TESTS := -m "not slow and not cuda and not peer"
+# A process for each core, up to four: each takes half a gigabyte.
+WORKERS := -n auto --maxprocesses 4
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
@@ -32,7 +34,7 @@ demo: .venv/installed ## recover a photo from its gradients (DEMO_ARGS="--batch 
 	@echo "the pictures are in $(CURDIR)/out/demo"
 
 test: .venv/installed ## the tests that need no GPU
-	$(BIN)/python -m pytest $(CPU_TESTS) $(TEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(CPU_TESTS) $(TEST_ARGS)
 
 lint: .venv/installed ## ruff: rules and format; clang-format; typos
 	$(BIN)/ruff check .
