@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts, dot
+from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts, dot, pushed
 from rconv_fast.estimate.information import Information
 from rconv_fast.estimate.pieces import Bits, hold, kinked_steps
 
@@ -24,7 +24,7 @@ from rconv_fast.estimate.pieces import Bits, hold, kinked_steps
 SETTLED, MOST = 1e-4, 300
 # Errors drawn to see how far the input of each activation may be off.
 DRAWS = 64
-# Products with one bit each that are done at once.
+# Products with one bit, or one drawn error, each that are done at once.
 TOGETHER = 32
 # Least variance of a bit's prior, and how near to 0 or 1 a relaxed bit must come to be fixed at once.
 LEAST_VARIANCE, NEAR = 0.04, 0.08
@@ -54,14 +54,13 @@ def input_deviations(problem: GradientMap, x: Tensor, errors: Tensor) -> dict[st
     if not sources:
         return {}
 
-    def inputs(v: Tensor) -> dict[str, Tensor]:
-        values = problem.values(v)
-        return {name: values[source] for name, source in sources.items()}
-
-    with torch.no_grad():
-        moved = torch.func.vmap(lambda e: torch.func.jvp(inputs, (x,), (e,))[1], chunk_size=16)(errors)
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        values = problem.values(x)
+        moved = [pushed([values[source] for source in sources.values()], [x], [e]) for e in errors.split(TOGETHER)]
     tiny = torch.finfo(x.dtype).tiny
-    return {name: z.square().mean(0).sqrt().clamp_min(tiny) for name, z in moved.items()}
+    together = [torch.cat(parts) for parts in zip(*moved, strict=True)]
+    return {n: z.square().mean(0).sqrt().clamp_min(tiny) for n, z in zip(sources, together, strict=True)}
 
 
 def contradiction(inputs: Bits, deviations: Bits, bits: Bits) -> tuple[float, int]:

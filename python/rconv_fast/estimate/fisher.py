@@ -25,19 +25,20 @@ from rconv_fast.constraints.library import Components
 from rconv_fast.constraints.operators import apply_gradient, apply_weight_adjoint
 from rconv_fast.constraints.ops import weight_components
 from rconv_fast.constraints.sparse import to_dense
-from rconv_fast.estimate.gradient_map import GradientMap, Linearisation
+from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, pushed
 from rconv_fast.estimate.gram import Gram
 from rconv_fast.estimate.pieces import is_piecewise_linear
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.base import UnsupportedRule
 from rconv_fast.layers.conv import ConvRule
+from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.memory import available_bytes
 from rconv_fast.solve.phases.gram import input_gram, phase_places, phase_rows, tap_windows
 from rconv_fast.walk.graph import Graph, Step
 
-# Products with J done at once where J itself is formed.
-TOGETHER = 64
+# Products with J done at once where J itself is formed; tangents sent through a step at once.
+TOGETHER, ALONG = 64, 256
 # Parameters that are no weights of a convolution or fully connected layer (batch norm's) are few.
 MOST_OTHERS = 4096
 
@@ -182,16 +183,37 @@ def _add_layer(
     g = torch.einsum("m,m...->...", d.flatten(), p)
     w = problem.weight(layer.weight)
     w = w.expand(problem.seen[layer.weight].shape).reshape(geometry.out_channels, -1, *geometry.kernel_size)
-    derivative = torch.stack([apply_gradient(geometry, a, p_j) for p_j in p])
-    rows = (derivative * w).flatten(1)
-    inner += rows @ rows.mT
-    back = torch.stack([apply_weight_adjoint(geometry, g, y) for y in derivative * w.square()]).flatten(1)
+    if geometry.n_input == geometry.groups == 1:
+        back, own = _logits_connected(a, g, p, w)
+    else:
+        back, own = _logits_convolved(geometry, a, g, p, w)
+    inner += own
     cross += back.mT if tangent is None else tangent.mT @ back.mT
     if geometry.n_input == 1:
         fisher.add_single(torch.einsum("bf,fc,ef->cbe", g.flatten(1), w.flatten(1).square(), g.flatten(1)), tangent)
         return
     for channel, block in input_normals(geometry, g, w):
         fisher.add(block, tangent, channel, len(a), geometry)
+
+
+def _logits_convolved(geometry: ConvGeometry, a: Tensor, g: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B^T W R)^T`` (m, values of a) and ``R^T W R`` (m, m): column j of R is the gradient with g = p_j."""
+    derivative = torch.stack([apply_gradient(geometry, a, p_j) for p_j in p])
+    rows = (derivative * w).flatten(1)
+    back = torch.stack([apply_weight_adjoint(geometry, g, y) for y in derivative * w.square()])
+    return back.flatten(1), rows @ rows.mT
+
+
+def _logits_connected(a: Tensor, g: Tensor, p: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a fully connected layer, filter by filter, from the logits that each reaches."""
+    a, g, p, w = a.flatten(1), g.flatten(1), p.flatten(2), w.flatten(1)
+    back, own = a.new_zeros(len(p), *a.shape), a.new_zeros(len(p), len(p))
+    for f, w_f in enumerate(w):
+        reached = p[:, :, f].any(dim=1).nonzero().flatten()
+        rows = (p[reached, :, f] @ a) * w_f
+        own[reached[:, None], reached] += rows @ rows.mT
+        back[reached] += g[:, f, None] * (rows * w_f)[:, None]
+    return back.flatten(1), own
 
 
 def input_normals(geometry: ConvGeometry, g: Tensor, w: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -270,10 +292,17 @@ class _Tangents:
         run = self._problem.pieces.get(step.name, step.forward)
         if isinstance(step.rule, ActivationRule):
             return self.dense(step.inputs[0]) * _slope(run, operands[0]).reshape(-1, 1)
-        before = [self.dense(o).reshape(*self._values[o].shape, self._n) for o in step.inputs]
-        push = lambda *v: torch.func.jvp(run, tuple(operands), v)[1]  # noqa: E731
-        moved: Tensor = torch.func.vmap(push, -1, -1, chunk_size=256)(*before)
-        return moved.reshape(-1, self._n)
+        if isinstance(step.rule, RearrangeRule) and step.rule.keeps_order:
+            return self.dense(step.inputs[0])
+        parts = zip(*(self.dense(o).mT.split(ALONG) for o in step.inputs), strict=True)
+        with torch.enable_grad():
+            operands = [x.detach().requires_grad_() for x in operands]
+            outputs = run(*operands)
+            moved = [
+                pushed([outputs], operands, [v.reshape(-1, *x.shape) for v, x in zip(part, operands, strict=True)])[0]
+                for part in parts
+            ]
+        return torch.cat([m.flatten(1) for m in moved]).mT
 
     def dense(self, name: str) -> Tensor:
         """Of one step, the identity written out."""

@@ -245,6 +245,17 @@ class Linearisation:
         return list(found)
 
 
+def pushed(outputs: Parts, inputs: Parts, v: Parts) -> Parts:
+    """``J v``, J the derivative of outputs by inputs, v each with a leading axis of several directions.
+
+    By double backward (``J^T u`` is linear in u): torch's forward mode would import its compiler.
+    """
+    u = [torch.zeros_like(part, requires_grad=True) for part in outputs]
+    transposed = torch.autograd.grad(outputs, inputs, u, create_graph=True, materialize_grads=True)
+    found = torch.autograd.grad(transposed, u, v, is_grads_batched=True, materialize_grads=True)
+    return [part.detach() for part in found]
+
+
 def dot(a: Parts, b: Parts) -> float:
     """Sum over all parts, in float64."""
     return sum(float(torch.sum(x.double() * y.double())) for x, y in zip(a, b, strict=True))

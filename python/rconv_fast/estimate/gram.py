@@ -45,7 +45,8 @@ class Gram:
         live = a.any(dim=2).any(dim=0) & (blocks.diagonal(dim1=1, dim2=2).sum(1) > 0)
         if not bool(live.any()):
             return
-        roots = torch.stack([_root(block) for block in blocks[live]])
+        values, vectors = torch.linalg.eigh(blocks[live])
+        roots = vectors * values.clamp_min(0).sqrt()[:, None]
         self._rows.append(torch.einsum("bcn,cbe->cen", a[:, live], roots).flatten(0, 1))
         self._flush()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,7 +30,10 @@ FEW = 16
 HOPELESS, PATIENCE = 1e4, 3
 # Least noise of an entry, in units of the root mean square of its tensor's: bounds the range of the weights until the
 # bits are known. Gradients of a narrow type have entries whose rounding is next to nothing.
-CAPS = (0.1, 0.0)
+CAPS: tuple[float, ...] = (0.1, 0.0)
+# Where the first cap touches a smaller share of the entries than this, or the start fits under it, the fit is first
+# tried without it.
+TOUCHED = 0.2
 # How far errors may be above what the noise makes them while bits are wrong: as many bits are taken as doubtful.
 INFLATIONS = (1.0, 4.0, 16.0, 64.0)
 # Runs of the client's arithmetic from which its share of the error bars is taken.
@@ -134,16 +138,15 @@ def estimate(
     whole = GradientMap.read(
         model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor
     )
-    bits = _first_bits(whole, x, pattern)
-    uneven = any(not torch.equal(s, capped(s, CAPS[0])) for s in sigma.values())
-    iterations = 0
-    for cap in CAPS if uneven else CAPS[-1:]:
-        problem = replace(whole, sigma={name: capped(s, cap) for name, s in sigma.items()})
-        found = _finish(problem, x, bits, budget, free_scale, final=cap == CAPS[-1])
-        x, bits, whole = found.x, found.bits, whole.with_scale(found.scale)
-        iterations += found.iterations
-        if _is_hopeless(whole, found):
+    bits, iterations = _first_bits(whole, x, pattern), 0
+    tried: list[_Candidate] = []
+    for caps in _ways(whole, x):
+        ended, iterations = _capped_in_turn(whole, x, bits, caps, budget, free_scale, iterations)
+        tried.append(ended)
+        if budget.spent or _is_enough(whole, ended):
             break
+    found = min(tried, key=lambda candidate: candidate.score)
+    x, bits, whole = found.x, found.bits, whole.with_scale(found.scale)
     held = whole.with_pieces(_hold(whole, bits))
     with torch.no_grad():
         at_bits = held.values(x) if bits else {}
@@ -173,6 +176,37 @@ def estimate(
         ),
         notes=[] if not budget.spent else ["the time limit ended the joint estimate"],
     )
+
+
+def _ways(problem: GradientMap, x: Tensor) -> list[tuple[float, ...]]:
+    """Each way's caps on the weights, one after the other; the cheapest first where it has a chance."""
+    touched = sum(int((s < capped(s, CAPS[0])).sum()) for s in problem.sigma.values())
+    if not touched:
+        return [CAPS[-1:]]
+    few = touched <= TOUCHED * _entry_count(problem)
+    return [CAPS[-1:], CAPS] if few or _under(problem, CAPS[0]).chi2(x) < _entry_count(problem) else [CAPS]
+
+
+def _under(problem: GradientMap, cap: float) -> GradientMap:
+    return replace(problem, sigma={name: capped(s, cap) for name, s in problem.sigma.items()})
+
+
+def _capped_in_turn(
+    whole: GradientMap,
+    x: Tensor,
+    bits: Bits,
+    caps: Sequence[float],
+    budget: Budget,
+    free_scale: bool,
+    before: int,
+) -> tuple[_Candidate, int]:
+    """The best pattern under each cap, from the one before; and the iterations so far, `before` of them earlier."""
+    for cap in caps:
+        found = _finish(_under(whole, cap), x, bits, budget, free_scale, final=cap == caps[-1])
+        x, bits, whole, before = found.x, found.bits, whole.with_scale(found.scale), before + found.iterations
+        if _is_hopeless(whole, found):
+            break
+    return found, before
 
 
 @dataclass(frozen=True)
@@ -213,8 +247,7 @@ def _finish(
     for index in range(1, ROUNDS):
         problem = problem.with_scale(best.scale)
         stalled = index - halved > PATIENCE and _is_hopeless(problem, best)
-        enough = not final and best.score < _entry_count(problem)
-        if enough or stalled or budget.spent or not len(best.doubt):
+        if (not final and _is_enough(problem, best)) or stalled or budget.spent or not len(best.doubt):
             break
         if not same(best.bits, known_at):
             information, known_at = _information(problem, best.x, best.bits, free_scale), best.bits
@@ -239,7 +272,7 @@ def _finish(
 def _settled(
     problem: GradientMap, x: Tensor, bits: Bits, information: Information, inflation: float, free_scale: bool
 ) -> tuple[Tensor, Bits]:
-    """The doubtful bits settled, of all sets of them the one that fits best; as they are where none does better."""
+    """The doubtful bits settled, of ever larger sets until one fits the best; as they are where none does better."""
     held = problem.with_pieces(_hold(problem, bits))
     errors = information.draw(bit.DRAWS, torch.Generator().manual_seed(0))
     inputs, deviations = held.kink_inputs(x), bit.input_deviations(held, x, errors)
@@ -252,11 +285,18 @@ def _settled(
         moved, settled = bit.settle(held, x, bits, doubt, information, free_scale=free_scale)
         chi2 = problem.with_pieces(_hold(problem, settled)).chi2(moved)
         best, least = ((moved, settled), chi2) if chi2 < least else (best, least)
+        if least < _entry_count(problem):
+            break
     return best
 
 
 def _entry_count(problem: GradientMap) -> int:
     return sum(g.numel() for g in problem.seen.values())
+
+
+def _is_enough(problem: GradientMap, found: _Candidate) -> bool:
+    """Whether the misfit is no larger than the noise makes it."""
+    return found.score < _entry_count(problem)
 
 
 def _is_hopeless(problem: GradientMap, found: _Candidate) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,8 +34,11 @@ WOODBURY_UP_TO, ROWS_UP_TO = 4096, 2**26
 # That much, and ten times more up to the mean diagonal itself, until they are.
 SHIFT, SHIFTS = 1e-11, 12
 ITERATIONS, TOLERANCE = 200, 1e-6
-# Errors drawn for the error bars where the system is not solved directly.
-DRAWS = 4
+# Errors drawn for the error bars where the system is not solved directly, each found to that accuracy.
+DRAWS, ROUGH = 4, 1e-2
+# A filter whose rows miss by this many times their variance has something wrong in its output gradient. Rounds of
+# weighing anew, at most, and the change of that misfit's logarithm at which they end.
+OUTLIER, REWEIGHTED, SETTLED = 4.0, 8, 0.3
 # Weight rows may outweigh gradient rows by this much where nothing better than the diagonal preconditions them.
 MOST_WEIGHT = 1e4
 
@@ -103,26 +106,76 @@ class WeightedRows:
 
 def solve_rows(rows: WeightedRows) -> tuple[Tensor, Tensor]:
     """The least squares solution and the standard deviation of each value, of the input's shape."""
-    blocks = rows.blocks()
-    n = rows.shape.numel()
-    if n <= DIRECT_UP_TO:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(_matrix(rows, blocks)))
-        deviation = inverse.diagonal().clamp_min(0).sqrt()
-        return (inverse @ rows.right.flatten()).reshape(rows.shape), deviation.reshape(rows.shape)
-    live = (rows.v > 0).flatten(1)
-    known = int(live.sum())
-    if known <= WOODBURY_UP_TO and known * n <= ROWS_UP_TO:
-        precondition = _woodbury(rows, blocks, live)
-    else:
+    solver = _Solver.create(rows)
+    return solver.solution(), solver.deviation()
+
+
+def solve_robustly(rows: WeightedRows) -> tuple[Tensor, Tensor]:
+    """The same where the gradient rows of some filters are far noisier than was thought.
+
+    A filter with a wrong bit in its output gradient misses by far, the others do not. Iteratively reweighted least
+    squares: the variance of a filter's rows is what was thought, times their mean chi^2 where that is more than 1.
+    """
+    solver = _Solver.create(rows)
+    x, last = solver.solution(), torch.ones(())
+    for _ in range(REWEIGHTED):
+        misfit = _misfit(rows, x).clamp_min(1.0)
+        if float(misfit.max()) < OUTLIER or float((misfit / last).log().abs().max()) < SETTLED:
+            break
+        last = misfit
+        solver = _Solver.create(replace(rows, w=rows.w / misfit))
+        x = solver.solution()
+    return x, solver.deviation()
+
+
+def _misfit(rows: WeightedRows, x: Tensor) -> Tensor:
+    """Mean of what each filter's gradient rows miss in units of their noise, squared, (F, 1, ...)."""
+    r = rows.seen - apply_gradient(rows.geometry, x, rows.g)
+    return (rows.w * r.square()).mean(tuple(range(1, r.ndim)), keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Solver:
+    """The inverse of N where it is small, else about that inverse for conjugate gradients on rows that they bear."""
+
+    rows: WeightedRows
+    inverse: Tensor | None
+    precondition: Apply
+
+    @classmethod
+    def create(cls, rows: WeightedRows) -> _Solver:
+        """Factor what is to be factored."""
+        blocks = rows.blocks()
+        if rows.shape.numel() <= DIRECT_UP_TO:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(_matrix(rows, blocks)))
+            return cls(rows, inverse, lambda v: (inverse @ v.flatten()).reshape(v.shape))
+        live = (rows.v > 0).flatten(1)
+        known = int(live.sum())
+        if known <= WOODBURY_UP_TO and known * rows.shape.numel() <= ROWS_UP_TO:
+            return cls(rows, None, _woodbury(rows, blocks, live))
         rows, precondition = _by_diagonal(rows, blocks)
-    x = _iterate(rows.normal, rows.right, precondition)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.zeros_like(x)
-    for _ in range(DRAWS):
-        drawn += _iterate(rows.normal, rows.draw(generator), precondition).square() / DRAWS
-    # The draws are few: half of a value's variance is its own, half the mean of its channel.
-    pooled = drawn / 2 + drawn.flatten(2).mean(2).reshape(*drawn.shape[:2], *(1,) * rows.geometry.ndim) / 2
-    return x, pooled.sqrt()
+        return cls(rows, None, precondition)
+
+    def solution(self) -> Tensor:
+        """Of least squares."""
+        return self._solve(self.rows.right, TOLERANCE)
+
+    def deviation(self) -> Tensor:
+        """Standard deviation of each value, exact or from a few errors drawn."""
+        if self.inverse is not None:
+            return self.inverse.diagonal().clamp_min(0).sqrt().reshape(self.rows.shape)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.stack([self._solve(self.rows.draw(generator), ROUGH) for _ in range(DRAWS)]).square().mean(0)
+        # The draws are few: a variance is at least half the median of its channel, which a value that nothing fixes
+        # leaves as it is.
+        typical = drawn.flatten(2).median(2).values.reshape(*drawn.shape[:2], *(1,) * self.rows.geometry.ndim)
+        return torch.maximum(drawn, typical / 2).sqrt()
+
+    def _solve(self, right: Tensor, tolerance: float) -> Tensor:
+        if self.inverse is not None:
+            return self.precondition(right)
+        normal = self.rows.normal
+        return conjugate_gradients(normal, right, self.precondition, tolerance=tolerance, iterations=ITERATIONS)[0]
 
 
 def _matrix(rows: WeightedRows, blocks: Tensor) -> Tensor:
@@ -186,7 +239,7 @@ def _by_diagonal(rows: WeightedRows, blocks: Tensor) -> tuple[WeightedRows, Appl
     if bool((rows.v > 0).any()):
         unit = apply_weight_adjoint(rows.geometry, (rows.v > 0).to(rows.v), rows.rule.weight.square()).mean()
         mean = float(blocks.diagonal(dim1=1, dim2=2).mean())
-        rows = WeightedRows(**{**vars(rows), "v": rows.v.clamp_max(MOST_WEIGHT * mean / max(float(unit), 1e-300))})
+        rows = replace(rows, v=rows.v.clamp_max(MOST_WEIGHT * mean / max(float(unit), 1e-300)))
     diagonal = apply_weight_adjoint(rows.geometry, rows.v, rows.rule.weight.square()) + rows.prior
     shifted = blocks + torch.diag_embed(diagonal.transpose(0, 1).flatten(1))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
@@ -209,10 +262,6 @@ def _shifted_cholesky(blocks: Tensor, prior: float) -> Tensor:
             root: Tensor = factor
             return root
     raise LinAlgError("blocks that are not positive semi-definite")  # or not finite
-
-
-def _iterate(normal: Apply, right: Tensor, precondition: Apply) -> Tensor:
-    return conjugate_gradients(normal, right, precondition, tolerance=TOLERANCE, iterations=ITERATIONS)[0]
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,9 @@
 """A start for the joint estimate under noise: the recursion with rows weighted by the noise that reaches them.
 
 Where the exact recursion asks on which side of its kink an activation is, this one asks how likely: a recovered value a
-with the error s is active with probability p, its gradient is ``p dL/da`` with the variance ``p (1 - p) (dL/da)^2``.
+with the error s is active with probability p, its gradient is ``p dL/da`` with the variance ``p (1 - p) (dL/da)^2``;
+one that is all but sure is taken for sure, since a small chance to be wrong by much is no noise in every row of its
+filter: the few filters that are wrong show it by what their rows miss, and are weighed down (`solve_robustly`).
 Gradient rows weigh ``1 / (sigma^2 + R^2 sum var g)``, R the size of the layer's input; of the weight rows only those
 with ``p > 0.99`` are kept, for one wrong among them does more harm than many that miss.
 """
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from rconv_fast.budget import Budget
 from rconv_fast.estimate.gradient_map import GradientMap
-from rconv_fast.estimate.layer_start import WeightedRows, solve_rows
+from rconv_fast.estimate.layer_start import WeightedRows, solve_robustly
 from rconv_fast.layers.activation import ActivationRule
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
@@ -172,6 +174,7 @@ def _through(rule: ActivationRule, a: Tensor, s: Tensor, size: float) -> tuple[T
     activation = rule.activation
     if activation.name == "ReLU":
         p = active_probability(a, s, size)
+        p = torch.where((p - 0.5).abs() < SURE - 0.5, p, (p > 0.5).to(p))
         return a, torch.where(p > SURE, 1 / s.square(), 0.0), p, p * (1 - p)
     low, high = activation.low, activation.high
     margin = 1e-4 * (high - low) if math.isfinite(high - low) else 1e-6 * size
@@ -215,7 +218,7 @@ def _solve(problem: GradientMap, graph: Graph, layer: Step, output: _Output, siz
         spread = output.variance.reshape(shape).transpose(0, 1).flatten(1).sum(1).reshape(-1, *(1,) * (weight.ndim - 1))
         sigma2 = problem.weight(name).square().reciprocal().expand(problem.seen[name].shape).reshape(weight.shape)
         w, seen = 1 / (sigma2 + size**2 * spread), problem.seen[name].reshape(weight.shape)
-    x, deviation = solve_rows(WeightedRows(rule, g, w, seen, v, z, prior=1 / (2 * size) ** 2))
+    x, deviation = solve_robustly(WeightedRows(rule, g, w, seen, v, z, prior=1 / (2 * size) ** 2))
     step = graph.steps[layer.inputs[0]]
     return Uncertain(x.reshape(step.shape), deviation.reshape(step.shape))
 
