@@ -1,4 +1,4 @@
-"""Suite `noise`: how often, and how nearly, a photo comes back from gradients with noise or behind a defence."""
+"""Suite `noise`: how often, how nearly a photo comes back from gradients with noise, of narrow types or of updates."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from functools import partial
 
 import torch
 
-from bench import Rate, Target
-from leaks import Leak, judge, leak, ours
+from bench import Outcome, Rate, Target
+from leaks import Answer, Leak, judge, leak, ours, worst_psnr
 from pictures import crops
-from rconv_fast import defenses, models
+from rconv_fast import defenses, gradients_from_update, models
 from rconv_fast.observation import SharedGradients
 
 SIGMAS = (1e-6, 1e-4, 1e-3, 1e-2)
-FAINT = 1e-6  # above it, and behind a rounding to 16 bits, a photo takes minutes
+FAINT = 1e-6  # above it, and behind a rounding to 16 bits, a photo takes a minute
 NETWORKS = (("lenet_o", "leaky_relu"), ("cnn3", "relu"))
 N_PHOTOS = 4
+LEARNING_RATES = (0.1, 0.01)
+LEVELS, N_PICTURES = 255, 20
 
 
 def noisy(network: str, activation: str, sigma: float, index: int, target: Target) -> Leak:
@@ -34,10 +36,63 @@ def rounded(network: str, activation: str, dtype: torch.dtype, index: int, targe
     return given
 
 
+def on_levels(index: int) -> torch.Tensor:
+    """A photo as an 8-bit file has it, in float32."""
+    return ((crops(N_PICTURES)[index : index + 1] * LEVELS).round() / LEVELS).float()
+
+
+def stepped(lr: float, index: int, target: Target) -> Leak:
+    """Weights in float32 before and after one step of SGD on an 8-bit picture."""
+    model = models.MODELS["cnn3"]("relu", seed=index).float()
+    given = leak(model, on_levels(index), torch.tensor([index]), target, arithmetic=torch.float32)
+    before = {name: p.detach() for name, p in model.named_parameters()}
+    after = {name: p - lr * given.gradients[name].float() for name, p in before.items()}
+    given.gradients = gradients_from_update(before, after, lr=lr)
+    return given
+
+
+def halved(index: int, target: Target) -> Leak:
+    """Gradients of an 8-bit picture, computed in float32 and sent in float16."""
+    model = models.MODELS["cnn3"]("relu", seed=index)
+    given = leak(model, on_levels(index), torch.tensor([index]), target, arithmetic=torch.float32)
+    given.gradients = {name: g.half() for name, g in given.gradients.items()}
+    return given
+
+
+def byte_for_byte(answer: Answer) -> Outcome:
+    """Success means every value on its own level; any on another level, or an answer beside the levels, is none."""
+    given, found = answer
+    quality = worst_psnr(answer)
+    if found.inputs is None or quality != quality:
+        return Outcome(False, quality, found.reason)
+    levels, truth = found.inputs.double() * LEVELS, (given.x.double() * LEVELS).round()
+    snapped = float((levels - levels.round()).abs().max()) < 1e-6
+    equal = torch.equal(levels.round(), truth)
+    if snapped and not equal:
+        return Outcome(False, quality, "WRONG bytes said to be exact", found.verified)
+    return Outcome(snapped, quality, "" if snapped else f"{quality:.0f} dB, not on the levels", found.verified)
+
+
+def eight_bit(target: Target) -> list[Rate]:
+    """Pictures of 8 bits behind three ReLU convolutions: recovered byte for byte, or not."""
+    makers = {f"update-lr-{lr:g}": partial(stepped, lr) for lr in LEARNING_RATES} | {"float16": halved}
+    exactly = partial(ours, quantum=1 / LEVELS)
+    return [
+        Rate(
+            f"noise/8-bit/{name}/{target.name}",
+            {f"photo {i}": partial(make, i, target) for i in range(N_PICTURES)},
+            exactly,
+            byte_for_byte,
+            long=True,
+        )
+        for name, make in makers.items()
+    ]
+
+
 def entries(target: Target) -> list[Rate]:
     if target.dtype != torch.float64:
         return []
-    found = []
+    found = eight_bit(target)
     for network, activation in NETWORKS:
         where = f"{network}-{activation}"
         for sigma in SIGMAS:
