@@ -124,6 +124,15 @@ def test_batch_norm_from_gradients_alone_where_padding_shows_everything() -> Non
     assert done.psnr > 150
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow) if seed else seed for seed in range(5)])
+def test_batch_norm_behind_relus_from_gradients_alone(seed: int, batch: int) -> None:
+    """Channels without zeros among them, and channels of nothing else: the bias in front tells them."""
+    torch.manual_seed(seed)
+    model, x = cnn(nn.ReLU(), nn.BatchNorm2d(1)), photo(8, batch)
+    assert recovered(model, x, SharedGradients(dict(trained_on(model, x)))).psnr > 150
+
+
 def test_one_and_three_axes() -> None:
     line = nn.Sequential(nn.Conv1d(2, 24, 5, 2, 2), nn.BatchNorm1d(24), nn.ReLU(), nn.Flatten(), nn.Linear(24 * 16, 10))
     cube = nn.Sequential(nn.Conv3d(1, 40, 3, 2, 1), nn.BatchNorm3d(40), nn.ReLU(), nn.Flatten(), nn.Linear(40 * 27, 10))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rconv_fast.layers.base import Operands, Rule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.knowledge import Knowledge
-from rconv_fast.solve import NormalisedConv, NormSets
+from rconv_fast.solve import ZERO, NormalisedConv, NormSets
 from rconv_fast.updates import UNIFORM, spacing
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -82,6 +82,11 @@ class NormRule(Rule):
     needs_output: ClassVar[bool] = True
     own_statistics: ClassVar[bool] = True
 
+    @property
+    def hides_constants(self) -> bool:
+        """Whether only the zeros of a ReLU in front place the mean of each channel of the batch."""
+        return self.dead_is_zero and self.statistics is None and self.sets.groups is None
+
     def pull_gradient(self, grad: Tensor, y: Tensor | None, operand: int, shape: torch.Size) -> Tensor:
         """``dL/do`` from all of y."""
         assert y is not None
@@ -96,7 +101,9 @@ class NormRule(Rule):
             return Knowledge(self.statistics.mean + self.statistics.sigma * xhat, weight)
         if not self.dead_is_zero or not bool((weight > 0).all()):
             return None
-        return Knowledge(self._deviation(xhat) * (xhat - self.sets.lowest(xhat)), weight)
+        above = self._deviation(xhat) * (xhat - self.sets.lowest(xhat))
+        zeros = (above <= ZERO * above.max()).to(above)
+        return Knowledge(above - self.sets.mean(above * zeros) / self.sets.mean(zeros), weight)
 
     def rows_through(
         self, before: Rule, forward: Callable[[Tensor], Tensor], grad: Tensor, y: Knowledge | None, shape: torch.Size

@@ -6,13 +6,13 @@ import math
 
 from rconv_fast.budget import Budget
 from rconv_fast.memory import available_bytes, require_memory
-from rconv_fast.solve.curved import CurvedSystem, place_by_zeros, solve_curved
+from rconv_fast.solve.curved import ZERO, CurvedSystem, place_by_zeros, solve_curved
 from rconv_fast.solve.hybrid import solve_hybrid
 from rconv_fast.solve.krylov import NO_LIMIT, Progress
 from rconv_fast.solve.map_rows import MapRows, ThroughRows
 from rconv_fast.solve.nonnegative import solve_nonnegative
 from rconv_fast.solve.norm_conv import NormalisedConv
-from rconv_fast.solve.normalised import NormSets, OffsetRows
+from rconv_fast.solve.normalised import NormSets
 from rconv_fast.solve.phases.solve import count_phases, direct_bytes, solve_by_phases
 from rconv_fast.solve.precision import in_exact_products
 from rconv_fast.solve.prior import PRIORS, apply_prior
@@ -23,6 +23,7 @@ from rconv_fast.solve.windows import widened, with_zeros_behind, within_windows
 __all__ = [
     "PRIORS",
     "SOLVERS",
+    "ZERO",
     "CurvedSystem",
     "Evidence",
     "GradientRows",
@@ -30,7 +31,6 @@ __all__ = [
     "MapRows",
     "NormSets",
     "NormalisedConv",
-    "OffsetRows",
     "PointRows",
     "Rows",
     "Solution",

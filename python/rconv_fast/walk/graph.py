@@ -30,6 +30,11 @@ class Step:
     forward: Forward
     shape: torch.Size
 
+    @property
+    def is_relu(self) -> bool:
+        """Whether it is a ReLU's output."""
+        return isinstance(self.rule, ActivationRule) and self.rule.activation.name == "ReLU"
+
 
 @dataclass
 class Graph:

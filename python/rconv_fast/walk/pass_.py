@@ -22,6 +22,7 @@ from rconv_fast.patterns.pattern import Pattern
 from rconv_fast.patterns.threshold import OTHER_FACTORS, THRESHOLD_FACTOR, snap
 from rconv_fast.progress import Event
 from rconv_fast.solve import (
+    ZERO,
     CurvedSystem,
     Solution,
     System,
@@ -118,6 +119,7 @@ class _Recursion(Tables):
             self.values[step.name] = self.given.values[step.name]
         elif known is not None and known.is_full:
             self.values[step.name] = known.value
+            self._doubt_zeros(step)
         elif known is not None and self._gradient_covered(step, known):
             self.values[step.name] = torch.where(known.weight > 0, known.value, 0.0)
             self.determined[step.name] = known.weight > 0
@@ -180,28 +182,39 @@ class _Recursion(Tables):
             best = apply_prior(system, best, self.options.prior, inequalities, budget=self.options.budget)
         offsets = system.offsets if isinstance(system, CurvedSystem) else None
         if offsets is not None:
-            self.constants[step.name] = offsets
+            self.constants[step.name] = offsets.masks
         self.values[step.name] = best.x.reshape(step.shape)
         self.determined[step.name] = best.determined.reshape(step.shape)
         if not _is_fixed(step, best) and self.matters(step):
             self.open.add(step.name)
         self.reports[step.name] = LayerReport(label, kind, best.evidence, time.perf_counter() - start)
 
+    def _doubt_zeros(self, step: Step) -> None:
+        """Where a norm behind shows a ReLU's output: one lowest value of a channel alone may be no zero."""
+        z = self.values[step.name]
+        if z.ndim < 3 or not self.shown_by_norm(step):
+            return
+        zeros = (z <= ZERO * float(z.abs().max())).transpose(0, 1).flatten(1).sum(dim=1)
+        several = (zeros >= 2).reshape(1, -1, *(1,) * (z.ndim - 2)).expand_as(z)
+        if not bool(several.all()):
+            self.determined[step.name] = several
+            self.constants[step.name] = torch.ones(1, *z.shape[2:], dtype=torch.bool, device=z.device)
+            self.open.add(step.name)
+
     def _place(self, step: Step) -> None:
         """Fix the constants that a norm hides of a ReLU's output; those of classes without zeros are not needed."""
-        offsets, grad_bias = self.constants.get(step.name), None
-        if isinstance(step.rule, ActivationRule) and step.rule.activation.name == "ReLU":
-            grad_bias = self.grad_bias(step)
-        if offsets is None or grad_bias is None:
+        masks, grad_bias = self.constants.get(step.name), self.grad_bias(step) if step.is_relu else None
+        if masks is None or grad_bias is None:
             return
         before = self.determined[step.name]
-        placed = place_by_bias(self.values[step.name], before, offsets.masks, self.grads[step.name], grad_bias)
+        placed = place_by_bias(self.values[step.name], before, masks, self.grads[step.name], grad_bias)
         self.values[step.name], self.determined[step.name] = placed.values, placed.determined
-        known = placed.determined & ~before
-        found = sum(int(known[:, :, mask].any(dim=(0, 2)).sum()) for mask in offsets.masks)
-        report = self.reports[step.name]
-        evidence = replace(report.evidence, rank=report.rank + found, hidden=report.hidden - found)
-        self.reports[step.name] = replace(report, evidence=evidence)
+        if step.name in self.reports:
+            known = placed.determined & ~before
+            found = sum(int(known[:, :, mask].any(dim=(0, 2)).sum()) for mask in masks)
+            report = self.reports[step.name]
+            evidence = replace(report.evidence, rank=report.rank + found, hidden=report.hidden - found)
+            self.reports[step.name] = replace(report, evidence=evidence)
         if bool((placed.determined | placed.positive).all()):
             self.open.discard(step.name)
 

@@ -17,7 +17,7 @@ from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.norm import NormRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.patterns.pattern import Pattern
-from rconv_fast.solve import CurvedSystem, NormalisedConv, OffsetRows, PointRows, System
+from rconv_fast.solve import CurvedSystem, NormalisedConv, PointRows, System
 from rconv_fast.walk.found import Contradiction, Known, Options, Stop
 from rconv_fast.walk.graph import Graph, Step
 
@@ -47,7 +47,7 @@ class Tables:
         self.open = set(known.open)
         self.contradiction: Contradiction | None = None
         self.late: set[str] = set()
-        self.constants: dict[str, OffsetRows] = {}  # those that a norm takes off, of steps that were solved
+        self.constants: dict[str, Tensor] = {}  # classes of positions whose constants a norm behind takes off
 
     def given_or_known(self, name: str) -> Knowledge | None:
         """`knowledge`, but of what was given: that is taken as it is."""
@@ -171,6 +171,11 @@ class Tables:
         if isinstance(before.rule, ConvRule | AffineRule | NormRule):
             return before.rule.grad_bias
         return None
+
+    def shown_by_norm(self, step: Step) -> bool:
+        """Whether a ReLU's output is known only from a batch norm right behind it, but for a constant a channel."""
+        behind = [self.graph.steps[name].rule for name, _ in self.graph.consumers[step.name]]
+        return step.is_relu and all(isinstance(r, NormRule) and r.hides_constants for r in behind)
 
     def waits(self, step: Step) -> bool:
         """Whether a consumer's values are not found yet."""
