@@ -279,6 +279,9 @@ def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
         worst = max(contradicted, key=lambda r: r.residual)
         notes.append(f"the equations of {worst.name} contradict each other (residual {worst.residual:.1e})")
     notes += [what_misses(report, int((~passed.determined[name]).sum())) for name, report in open_reports]
+    unplaced = sorted(graph.layer_of(n)[0] for n in passed.open - passed.reports.keys())
+    if unplaced:
+        notes.append(f"lowest values in front of {', '.join(unplaced)} may be no zeros: the bias does not tell")
     completed = [r.name for name, r in passed.reports.items() if name != graph.input and r.proof == "nonnegative"]
     if completed:
         notes.append(f"the inputs of {', '.join(completed)} follow from their equations and x >= 0 behind a ReLU")

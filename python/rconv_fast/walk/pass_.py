@@ -190,9 +190,12 @@ class _Recursion(Tables):
         self.reports[step.name] = LayerReport(label, kind, best.evidence, time.perf_counter() - start)
 
     def _doubt_zeros(self, step: Step) -> None:
-        """Where a norm behind shows a ReLU's output: one lowest value of a channel alone may be no zero."""
+        """Where a norm behind shows a ReLU's output: one lowest value of a channel alone may be no zero.
+
+        Without a bias in front they are taken as zeros, which the equations in front must bear out.
+        """
         z = self.values[step.name]
-        if z.ndim < 3 or not self.shown_by_norm(step):
+        if z.ndim < 3 or not self.shown_by_norm(step) or self.grad_bias(step) is None:
             return
         zeros = (z <= ZERO * float(z.abs().max())).transpose(0, 1).flatten(1).sum(dim=1)
         several = (zeros >= 2).reshape(1, -1, *(1,) * (z.ndim - 2)).expand_as(z)
