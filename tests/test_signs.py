@@ -9,8 +9,9 @@ from torch import Tensor
 from rconv_fast.solve import System, WeightRows
 from rconv_fast.solve.krylov import NO_LIMIT
 from rconv_fast.solve.preconditioners import inverse_diagonal
+from rconv_fast.solve.rounded import RoundedSystem
 from rconv_fast.solve.rows import balance
-from rconv_fast.solve.signs import fixed_by_signs
+from rconv_fast.solve.signs import _inverse_bound, fixed_by_signs
 from rconv_fast.testing import geometry as make
 
 N, ROWS = 60, 90
@@ -80,3 +81,23 @@ def test_values_that_no_equation_holds_are_not_fixed(draw: torch.Generator) -> N
     matrix = torch.randn(ROWS, N, dtype=torch.float64, generator=draw)
     matrix[:, 0] = 0
     assert not proven(equations(matrix), ZEROS)
+
+
+@pytest.mark.parametrize("open_by", [0.3, 0.1, 0.01])
+def test_products_in_bfloat16_show_no_more_than_is_true(open_by: float, draw: torch.Generator) -> None:
+    """The a of ``N_P >= D_P / a`` against the least eigenvalue, of a direction that rounding may hide."""
+    shown = 0
+    for _ in range(10):
+        matrix, direction = (torch.randn(n, N, dtype=torch.float64, generator=draw) for n in (ROWS, 1))
+        direction = direction * ~ZEROS / (direction * ~ZEROS).norm()
+        system = equations(matrix - (1 - open_by) * matrix @ direction.mT @ direction)
+        part = (~ZEROS).view(system.shape).float()
+        diagonal = inverse_diagonal(system, torch.float32)
+        a = _inverse_bound(system, RoundedSystem.create(system), part, diagonal, 400, NO_LIMIT)
+        units = torch.eye(N, dtype=torch.float64).view(N, *system.shape)[~ZEROS]
+        columns = torch.stack([system.apply(unit)[0].flatten() for unit in units], 1)
+        scaled = columns * diagonal.double().flatten()[~ZEROS].sqrt()
+        least = float(torch.linalg.svdvals(scaled)[-1]) ** 2
+        assert a is None or a > 1 / least
+        shown += a is not None
+    assert shown or open_by < 0.1  # a direction below the rounding is not found at all

@@ -117,21 +117,26 @@ def _bound_shown_by(
     z, white where D is 1, is found from ``M_P z`` up to ``p(D^-1 N) z``. Along the smallest eigenvalue l that is
     ``p(l)`` times a Gaussian number, so ``p(l) < 1/2`` if it is as small as that number hardly ever is, and for an l
     below all roots of p, ``p(l) >= 1 - l slope``. What is known of that number comes from residuals in the system's
-    precision; products that round M by an E take ``l^(1/2) (l^(1/2) + |E D^-1/2|) slope`` of it, so with E up to
-    ``l^(1/2)`` the l that is shown is half as large.
+    precision; products that are off by E take ``l^(1/2) (l^(1/2) + e) slope`` of it, ``e = |E D^-1/2|``, so that
+
+        ``l^(1/2) >= ((e^2 + 2 / slope)^(1/2) - e) / 2``
+
+    E rounds one direction like another: e is what it does to z, doubled.
     """
     least = 0.5 * PROBE_TOLERANCE
     weight = diagonal.double().sqrt()
     left, dtype = (z * weight * part).to(system.rhs[0].dtype), diagonal.dtype
     residual = system.apply(left)
     size = norm(residual)
+    off = norm([r - q for r, q in zip(residual, inner.apply(left.to(dtype)), strict=True)])
+    e = 2 * off / norm([z * part])
     state = _OnPart(inner, part, diagonal, inner.rows([r / size for r in residual]))
     reference = float(state.gamma)
     for iteration in range(1, max_iterations + 1):
         state.step()
         if iteration % LOOK_EVERY == 0:
             if norm([(left - state.x * size) / weight]) < least:
-                return 4 * state.slope
+                return (state.slope * (math.sqrt(e**2 + 2 / state.slope) + e)) ** 2
             if not math.isfinite(state.slope) or budget.spent:
                 return None
         if float(state.gamma) < FALL**2 * reference:
