@@ -172,20 +172,20 @@ def test_a_small_resnet() -> None:
     assert recovered(model, x, trained_on(model, x)).psnr > 200
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.GroupNorm(4, 24), nn.LayerNorm([24, 8, 8]), nn.InstanceNorm2d(24, affine=True)], ids=str
-)
+NORMS = [nn.GroupNorm(4, 24), nn.LayerNorm([24, 8, 8]), nn.InstanceNorm2d(24, affine=True)]
+NORMS += [nn.InstanceNorm2d(24, affine=True, track_running_stats=True)]
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_norms_of_each_sample(norm: nn.Module) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 24, 5, 2, 2), norm, nn.ReLU(), nn.Conv2d(24, 48, 3, 2, 1), nn.ReLU(), nn.Flatten(),
         nn.Linear(48 * 16, 10),
-    ).double().eval()  # fmt: skip
+    ).double().train()  # fmt: skip
     assert_recovered(model, photo(16))
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.GroupNorm(4, 24), nn.LayerNorm([24, 8, 8]), nn.InstanceNorm2d(24, affine=True)], ids=str
-)
+@pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_norms_of_each_sample_in_a_batch_behind_an_activation_that_hides_nothing(norm: nn.Module) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 24, 5, 2, 2), norm, nn.LeakyReLU(0.2), nn.Conv2d(24, 48, 3, 2, 1), nn.LeakyReLU(0.2),
@@ -313,6 +313,14 @@ def test_steps_that_no_one_sample_explains_are_named_and_not_verified() -> None:
         result = invert(model, shared, x.shape[1:], time_limit=20, **options)
         assert not result.verified, result.summary()
         assert any("2 local steps" in note for note in result.notes)
+    assert any("cannot be told apart" in note for note in result.notes)
+
+
+def test_steps_through_norms_in_training_mode_are_not_unrolled_and_say_so() -> None:
+    model, x = cnn(nn.BatchNorm2d(1), nn.ReLU(), filters=(8,)), photo(8)
+    result = invert(model, stepped(model, x, 2), x.shape[1:], time_limit=20)
+    assert not result.verified
+    assert any("training mode" in note and "not unrolled" in note for note in result.notes), result.notes
 
 
 def test_steps_on_several_samples_are_not_read_as_one_sample() -> None:

@@ -14,7 +14,7 @@ from rconv_fast.errors import InterruptedInversionError, LinAlgError, require
 from rconv_fast.estimate import Grid, Quantum
 from rconv_fast.heads.candidates import HeadOutcome, head_candidates
 from rconv_fast.heads.tokens import token_ids
-from rconv_fast.local_steps import to_middle_weights, what_steps_mean
+from rconv_fast.local_steps import SEVERAL, to_middle_weights, what_steps_mean
 from rconv_fast.losses import Loss
 from rconv_fast.memory import keep_freed_pages
 from rconv_fast.observation import Noise
@@ -23,7 +23,7 @@ from rconv_fast.progress import Event, progress_callback
 from rconv_fast.received import read_gradients
 from rconv_fast.request import Request, check_arguments, dtype_of
 from rconv_fast.result import Inversion
-from rconv_fast.unrolled import answer_of_steps, one_sample
+from rconv_fast.unrolled import answer_of_steps, not_unrolled, one_sample
 from rconv_fast.verdict import COARSE, Answer, conclude
 from rconv_fast.walk.canonical import LOSS_OF_LOGITS
 from rconv_fast.walk.found import INTERRUPTED, Pass
@@ -183,7 +183,9 @@ def _inversion(
     inversion = conclude(single, outcome, answers, _tokens(request), request.prior)
     if request.gradients.steps > 1:
         reproduced = several is not None and several.good
-        note = what_steps_mean(request.gradients, reproduced=reproduced, proven=inversion.verified)
+        uncovered = SEVERAL if batch_size not in (None, 1) else not_unrolled(request, single)
+        proven = inversion.verified
+        note = what_steps_mean(request.gradients, reproduced=reproduced, proven=proven, uncovered=uncovered)
         inversion = replace(inversion, notes=[*inversion.notes, note])
     interrupted = outcome.reason == INTERRUPTED or any(answer.interrupted for answer in answers)
     return inversion, interrupted

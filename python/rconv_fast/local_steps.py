@@ -26,12 +26,18 @@ def to_middle_weights(model: nn.Module, shared: SharedGradients) -> None:
                 weight.data = weight + share * ((kept - 1) * weight - shared.training.lr * total * mean)
 
 
-def what_steps_mean(shared: SharedGradients, *, reproduced: bool, proven: bool) -> str:
-    """What a reader must know of an answer from several steps."""
+SEVERAL = (
+    "the samples of several cannot be told apart: the last layer's mean gradient is only nearly that of one weight"
+)
+
+
+def what_steps_mean(shared: SharedGradients, *, reproduced: bool, proven: bool, uncovered: str = "") -> str:
+    """What a reader must know of an answer from several steps; `uncovered`: why they were not unrolled."""
     if reproduced:
         said = f"experimental: all {shared.steps} local steps were run on the input, and the update is reproduced"
         return said if proven else f"{said}; that no other input does so was not shown: time_limit= may allow it"
+    why = f": {uncovered}" if uncovered else ", which no input that was tried reproduces"
     return (
-        f"the update sums {shared.steps} local steps, which no input that was tried reproduces: nothing is verified, "
+        f"the update sums {shared.steps} local steps{why}: nothing is verified, "
         "inputs are at best approximate, and only if all steps saw the same data"
     )
