@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from rconv_fast.budget import Budget
 from rconv_fast.errors import LinAlgError
 from rconv_fast.estimate.gradient_map import GradientMap
-from rconv_fast.estimate.joint import CAPS, Estimate, estimate
+from rconv_fast.estimate.joint import CAPS, Estimate, estimate, first_bits
 from rconv_fast.estimate.noise_model import capped, with_arithmetic
 from rconv_fast.estimate.recursion import noisy_start
 from rconv_fast.observation import Observation
+from rconv_fast.patterns.pattern import Pattern
 
 
 def joint_answer(
@@ -67,20 +68,29 @@ def joint_answer(
     problem = GradientMap.read(
         model, observation.loss, targets, observation.gradients, sigma, shape, observation.factor
     )
-    proposed = [inputs] if good else [_start(problem, known, budget), inputs]
-    starts = [start for start in proposed if start is not None]
+    proposed = [] if good else [_start(problem, known, budget)]
+    found = [start for start in proposed if start is not None]
+    runs = [x for x, _ in found] + ([] if inputs is None else [inputs])
+    starts: list[tuple[Tensor, Pattern | None]] = [*found, *((x, None) for x in runs)]
     if not starts:
         return None
-    start = starts[0] if len(starts) == 1 else min(starts, key=problem.chi2)
+    start, pattern = starts[0] if len(starts) == 1 else min(starts, key=lambda s: _misfit(problem, *s))
     if measure:
         observation = with_arithmetic(observation, model, client, start, targets)
     try:
-        return estimate(model, observation, start, targets, free_scale=free_scale, client=client, budget=budget)
+        return estimate(
+            model, observation, start, targets, pattern=pattern, free_scale=free_scale, client=client, budget=budget
+        )
     except LinAlgError:  # something is wholly open, so that there is no information matrix to work with
         return None
 
 
-def _start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budget) -> Tensor | None:
+def _misfit(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> float:
+    """chi^2 with the activations on the sides of the pattern, or where a run on x puts them."""
+    return (problem if pattern is None else problem.held(first_bits(problem, x, pattern))).chi2(x)
+
+
+def _start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budget) -> tuple[Tensor, Pattern] | None:
     try:
         sigma = {name: capped(s, CAPS[0]) for name, s in problem.sigma.items()}
         return noisy_start(replace(problem, sigma=sigma), known, budget)

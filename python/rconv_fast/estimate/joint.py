@@ -138,7 +138,7 @@ def estimate(
     whole = GradientMap.read(
         model, observation.loss, targets, observation.gradients, sigma, x.shape, observation.factor
     )
-    bits, iterations = _first_bits(whole, x, pattern), 0
+    bits, iterations = first_bits(whole, x, pattern), 0
     tried: list[_Candidate] = []
     for caps in _ways(whole, x):
         ended, iterations = _capped_in_turn(whole, x, bits, caps, budget, free_scale, iterations)
@@ -341,7 +341,7 @@ def _information(problem: GradientMap, x: Tensor, bits: Bits, free_scale: bool) 
     return Information.create(without_scale(fisher, held.at(x)) if free_scale else fisher, x.shape)
 
 
-def _first_bits(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> Bits:
+def first_bits(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> Bits:
     """The signs of a run on x, and of the proposed activations where there are any."""
     if problem.graph is None:
         return {}

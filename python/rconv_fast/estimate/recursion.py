@@ -25,6 +25,7 @@ from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.knowledge import Knowledge
 from rconv_fast.layers.rearrange import RearrangeRule
+from rconv_fast.patterns.pattern import Pattern
 from rconv_fast.walk.graph import Graph, Step
 
 # Weight rows below this probability to be active are dropped.
@@ -43,16 +44,22 @@ class Uncertain:
 
 @dataclass(frozen=True)
 class _Output:
-    """What is known at a convolution's output: value and its weight, gradient and its variance."""
+    """What is known at a convolution's output: value and its weight, gradient and its variance.
+
+    `sides` are positive where an activation on the way is above its kink, by its name.
+    """
 
     z: Tensor
     weight: Tensor
     g: Tensor
     variance: Tensor
+    sides: Mapping[str, Tensor]
 
 
-def noisy_start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budget) -> Tensor | None:
-    """The network's input, roughly, from the tensors `known` in front of its last layer.
+def noisy_start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budget) -> tuple[Tensor, Pattern] | None:
+    """The network's input, roughly, from the tensors `known` in front of its last layer; and the sides of its kinks.
+
+    A run on the input would not say them: it may be far less exact than the layers behind it.
 
     Parameters
     ----------
@@ -65,7 +72,7 @@ def noisy_start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budge
 
     Returns
     -------
-    Tensor or None
+    Tensor and Pattern, or None
         None where the network is no chain of convolutions, activations and rearrangements.
     """
     graph = problem.graph
@@ -76,16 +83,17 @@ def noisy_start(problem: GradientMap, known: Mapping[str, Tensor], budget: Budge
         return None
     sizes = _sizes(problem, graph)
     name = graph.steps[graph.output].inputs[0]
-    found = _head_input(problem, graph.steps[graph.output], known[name])
+    found, sides = _head_input(problem, graph.steps[graph.output], known[name]), dict[str, Tensor]()
     for layer in layers:
         if budget.spent:
             return None
         output = _at_output(problem, graph, layer, name, found, sizes)
+        sides |= output.sides
         name = layer.inputs[0]
         found = _solve(problem, graph, layer, output, sizes[name])
         if graph.never_negative(name):
             found = _rectified(found)
-    return found.value if name == graph.input else None
+    return (found.value, Pattern(sides, origin="noisy recursion")) if name == graph.input else None
 
 
 def _chain(graph: Graph) -> list[Step] | None:
@@ -145,7 +153,7 @@ def _at_output(
     moved = torch.stack([_loss_gradient(problem, name, found.value + e)[0] - gradient for e in errors])
     variance = moved.square().mean(0)
     a, s = found.value, found.deviation
-    step, weight = graph.steps[name], None
+    step, weight, sides = graph.steps[name], None, dict[str, Tensor]()
     while step.name != layer.name:
         rule, shape = step.rule, graph.steps[step.inputs[0]].shape
         if isinstance(rule, RearrangeRule):
@@ -157,25 +165,25 @@ def _at_output(
             gradient, variance = gradient * rule.scale, variance * rule.scale.square()
         else:
             assert isinstance(rule, ActivationRule)
-            a, weight, slope, doubt = _through(rule, a, s, sizes[step.name])
+            a, weight, slope, doubt, sides[step.name] = _through(rule, a, s, sizes[step.name])
             variance = gradient.square() * doubt + variance * slope.square()
             gradient = gradient * slope
         step = graph.steps[step.inputs[0]]
         assert a.shape == shape
-    return _Output(a, 1 / s.square() if weight is None else weight, gradient, variance)
+    return _Output(a, 1 / s.square() if weight is None else weight, gradient, variance, sides)
 
 
 def _moved_back(rule: RearrangeRule, values: Tensor) -> Tensor:
     return rule.pull_value(Knowledge.full(values), 0, ()).value
 
 
-def _through(rule: ActivationRule, a: Tensor, s: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Input of an activation, weight of it, the slope there and the slope's variance, from its output."""
+def _through(rule: ActivationRule, a: Tensor, s: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Input of an activation, weight of it, the slope there, the slope's variance and the side, from its output."""
     activation = rule.activation
     if activation.name == "ReLU":
         p = active_probability(a, s, size)
         p = torch.where((p - 0.5).abs() < SURE - 0.5, p, (p > 0.5).to(p))
-        return a, torch.where(p > SURE, 1 / s.square(), 0.0), p, p * (1 - p)
+        return a, torch.where(p > SURE, 1 / s.square(), 0.0), p, p * (1 - p), p - 0.5
     low, high = activation.low, activation.high
     margin = 1e-4 * (high - low) if math.isfinite(high - low) else 1e-6 * size
     inside = a.clamp(low + margin if math.isfinite(low) else low, high - margin if math.isfinite(high) else high)
@@ -184,7 +192,7 @@ def _through(rule: ActivationRule, a: Tensor, s: Tensor, size: float) -> tuple[T
     step = s.clamp_max(size)
     left, right = (activation.derivative((inside + e).clamp(low, high)) for e in (-step, step))
     doubt = ((right - left) / 2).square()
-    return z, (slope / s).square(), slope, doubt
+    return z, (slope / s).square(), slope, doubt, z
 
 
 def active_probability(a: Tensor, s: Tensor, size: float) -> Tensor:
