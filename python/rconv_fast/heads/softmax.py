@@ -33,6 +33,8 @@ _PAIRING = 1e-8
 _SHARE = 1e-6
 _COARSE_SHARE = 1e-2
 _NOISY_SHARE = 0.3
+# How far above its mean the norm of noise may be, in standard deviations of its noisiest entry: exp(-_TAIL^2 / 2).
+_TAIL = 5.0
 # A search that has not ended by then will not end with success: the largest that do take a few seconds.
 _SEARCH_SECONDS = 60.0
 
@@ -230,11 +232,13 @@ def _problem(
 
 
 def _norm_of_noise(sigma: Tensor) -> float:
-    """Norm of a matrix of independent entries: ``max_i |sigma_i| + max_j |sigma_j|`` over rows and columns.
+    """What the norm of a matrix of independent entries exceeds once in a hundred thousand times.
 
-    Of constant sigma, (n, d): ``sigma (sqrt(n) + sqrt(d))`` (Bandeira and van Handel, arXiv 1408.6185, theorem 1.1).
+    Its mean is at most ``max_i |sigma_i| + max_j |sigma_j|`` over rows and columns (of constant sigma, (n, d):
+    ``sigma (sqrt(n) + sqrt(d))``; Bandeira and van Handel, arXiv 1408.6185, theorem 1.1), and it is t more with a
+    probability of ``exp(-t^2 / (2 max sigma^2))`` at most.
     """
-    return float(sigma.norm(dim=0).max() + sigma.norm(dim=1).max())
+    return float(sigma.norm(dim=0).max() + sigma.norm(dim=1).max() + _TAIL * sigma.max())
 
 
 def _factors(head: Head) -> HeadFactors:
