@@ -44,7 +44,22 @@ def chain(activation: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     )
 
 
-MODELS = {"relu": chain(nn.ReLU), "leaky": chain(nn.LeakyReLU), "tanh": chain(nn.Tanh), "residual": Residual}
+def normed(norm: Callable[[], nn.Module], activation: Callable[[], nn.Module] = nn.ReLU) -> Callable[[], nn.Module]:
+    """The same chain with a layer behind the first convolution."""
+    return lambda: nn.Sequential(chain(activation)()[0], norm(), *chain(activation)()[1:])
+
+
+MODELS = {
+    "relu": chain(nn.ReLU),
+    "leaky": chain(nn.LeakyReLU),
+    "tanh": chain(nn.Tanh),
+    "gelu": chain(nn.GELU),
+    "residual": Residual,
+    "group norm": normed(lambda: nn.GroupNorm(2, 8)),
+    "layer norm": normed(lambda: nn.LayerNorm([8, 3, 3])),
+    "instance norm": normed(lambda: nn.InstanceNorm2d(8, affine=True)),
+    "max pool": normed(lambda: nn.MaxPool2d(3, 1, 1)),
+}
 
 
 def jacobian(model: nn.Module, x: Tensor, y: Tensor, loss: Callable[..., Tensor], sigma: dict[str, Tensor]) -> Tensor:
@@ -79,7 +94,7 @@ def test_information_is_jacobian_times_its_transpose(name: str, batch: int, entr
 
 
 def test_structure_is_used_where_layers_are_piecewise_linear() -> None:
-    for name, expected in (("relu", True), ("residual", True), ("tanh", False)):
+    for name, expected in (("relu", True), ("residual", True), ("tanh", False), ("gelu", False), ("group norm", False)):
         model, x, y, sigma = problem(name)
         assert bounds.has_structure(bounds.problem_of(model, "cross_entropy", x, y, sigma)[0]) is expected
 

@@ -30,8 +30,11 @@ from rconv_fast.estimate.gram import Gram
 from rconv_fast.estimate.pieces import is_piecewise_linear
 from rconv_fast.geometry import ConvGeometry
 from rconv_fast.layers.activation import ActivationRule
-from rconv_fast.layers.base import UnsupportedRule
+from rconv_fast.layers.affine import AffineRule, SumRule
+from rconv_fast.layers.average import AverageRule
 from rconv_fast.layers.conv import ConvRule
+from rconv_fast.layers.dropout import DropoutRule
+from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.rearrange import RearrangeRule
 from rconv_fast.memory import available_bytes
 from rconv_fast.solve.phases.gram import input_gram, phase_places, phase_rows, tap_windows
@@ -41,6 +44,8 @@ from rconv_fast.walk.graph import Graph, Step
 TOGETHER, ALONG = 64, 256
 # Parameters that are no weights of a convolution or fully connected layer (batch norm's) are few.
 MOST_OTHERS = 4096
+# Steps that are linear between kinks. Norms with statistics of their own are not, nor activations with a valley.
+PIECEWISE_LINEAR = (ConvRule, AffineRule, SumRule, AverageRule, RearrangeRule, MaxPoolRule, DropoutRule)
 
 
 def dense_fisher(problem: GradientMap, x: Tensor) -> Tensor:
@@ -112,9 +117,10 @@ def _structure(problem: GradientMap) -> _Structure | None:
 
 
 def _is_piecewise_linear(step: Step) -> bool:
-    if isinstance(step.rule, UnsupportedRule):
-        return False
-    return not isinstance(step.rule, ActivationRule) or is_piecewise_linear(step.rule.activation)
+    """Whether its derivative does not move with the input, as far as its kinks: known of these kinds only."""
+    if isinstance(step.rule, ActivationRule):
+        return is_piecewise_linear(step.rule.activation)
+    return isinstance(step.rule, PIECEWISE_LINEAR)
 
 
 def _from_structure(problem: GradientMap, structure: _Structure, x: Tensor) -> Tensor:

@@ -221,7 +221,8 @@ class Linearisation:
             materialize_grads=True,
             is_grads_batched=v[0].ndim > self._x.ndim,
         )
-        return [part.detach() for part in found]
+        several = v[0].shape[: v[0].ndim - self._x.ndim]  # which zeros of parts that do not depend on x lack
+        return [part.detach().expand(*several, *r.shape) for part, r in zip(found, self._r, strict=True)]
 
     def normal(self, v: Tensor) -> Tensor:
         """``J^T J v`` for x."""
