@@ -28,6 +28,18 @@ def small() -> nn.Sequential:
     ).double()  # fmt: skip
 
 
+def grey(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Two strided convolutions and twelve classes, for one channel of 12 x 12."""
+    return nn.Sequential(
+        nn.Conv2d(1, 24, 5, stride=2, padding=2),
+        activation(),
+        nn.Conv2d(24, 32, 3, stride=2, padding=1),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(32 * 9, 12),
+    ).double()
+
+
 X = photo(12)
 SHAPE = (3, 12, 12)
 

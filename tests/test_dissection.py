@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rconv_fast.errors import ArgumentError
 from rconv_fast.geometry import ConvGeometry
-from rconv_fast.solve.dissection import factor, fronts, tree
+from rconv_fast.solve.dissection import fronts, sweep, tree
 from rconv_fast.solve.dissection.factor import DissectionFactor
 
 
@@ -60,7 +60,7 @@ def relative(x: Tensor, reference: Tensor) -> float:
 
 def _forget_trees() -> None:
     tree.dissect.cache_clear()
-    factor._elimination.cache_clear()
+    sweep.eliminated_in_order.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -16,17 +16,7 @@ from rconv_fast import gradients_from_update, invert, psnr
 from rconv_fast.estimate import Estimate, Grid, cramer_rao, estimate, noise_of, snapped
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Observation
-
-
-def network(activation: type[nn.Module]) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 24, 5, stride=2, padding=2),
-        activation(),
-        nn.Conv2d(24, 32, 3, stride=2, padding=1),
-        activation(),
-        nn.Flatten(),
-        nn.Linear(32 * 9, 12),
-    ).double()
+from small_networks import grey
 
 
 def observed(model: nn.Module, x: Tensor, y: Tensor, noise: float, scale: float = 1.0) -> Observation:
@@ -44,7 +34,7 @@ def near(x: Tensor, decibel: float) -> Tensor:
 def solved(
     activation: type[nn.Module], noise: float, start: float = 30.0
 ) -> tuple[Estimate, Tensor, nn.Module, Observation]:
-    model, x, y = network(activation), photo(12, channels=1), torch.tensor([3])
+    model, x, y = grey(activation), photo(12, channels=1), torch.tensor([3])
     observation = observed(model, x, y, noise)
     return estimate(model, observation, near(x, start), y), x, model, observation
 
@@ -78,7 +68,7 @@ def test_bits_are_put_right_from_a_start_far_off_in_units_of_the_noise(seed: int
 
 @pytest.mark.parametrize("wrong", ["label", "scale"])
 def test_what_is_wrong_does_not_fit(wrong: str) -> None:
-    model, x, y = network(nn.Tanh), photo(12, channels=1), torch.tensor([3])
+    model, x, y = grey(nn.Tanh), photo(12, channels=1), torch.tensor([3])
     observation = observed(model, x, y, 1e-2)
     if wrong == "label":
         y = torch.tensor([4])
@@ -88,7 +78,7 @@ def test_what_is_wrong_does_not_fit(wrong: str) -> None:
 
 
 def test_unknown_scale_is_found() -> None:
-    model, x, y = network(nn.LeakyReLU), photo(12, channels=1), torch.tensor([3])
+    model, x, y = grey(nn.LeakyReLU), photo(12, channels=1), torch.tensor([3])
     observation = replace(observed(model, x, y, 1e-3, scale=0.05), scale=0.0501)
     found = estimate(model, observation, near(x, 30.0), y, free_scale=True)
     assert found.scale == pytest.approx(0.05, rel=1e-3)
@@ -108,7 +98,7 @@ def test_a_scale_that_the_gradients_do_not_tell_stays_finite(inputs: int) -> Non
 
 
 def test_bits_are_put_right_at_an_unknown_scale() -> None:
-    model, x, y = network(nn.ReLU), photo(12, channels=1), torch.tensor([3])
+    model, x, y = grey(nn.ReLU), photo(12, channels=1), torch.tensor([3])
     observation = replace(observed(model, x, y, 1e-4, scale=0.05), scale=0.0505)
     found = estimate(model, observation, near(x, 24.0), y, free_scale=True)
     assert found.scale == pytest.approx(0.05, rel=1e-3)
@@ -116,7 +106,7 @@ def test_bits_are_put_right_at_an_unknown_scale() -> None:
 
 
 def test_batch_through_wrappers() -> None:
-    model = nn.Sequential(network(nn.ReLU), nn.LogSoftmax(1))
+    model = nn.Sequential(grey(nn.ReLU), nn.LogSoftmax(1))
     x, y = photo(12, batch=2, channels=1), torch.tensor([3, 7])
     observation = replace(observed(model, x, y, 1e-4), loss=Loss("nll"))
     found = estimate(model, observation, near(x, 40.0), y)
@@ -126,7 +116,7 @@ def test_batch_through_wrappers() -> None:
 
 def shared_by_client(kind: str, levels: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
     """A float32 client's gradients of an 8-bit picture, rounded to float16 or read from an update."""
-    model, y = network(nn.ReLU).float(), torch.tensor([3])
+    model, y = grey(nn.ReLU).float(), torch.tensor([3])
     loss = F.cross_entropy(model(levels.float() / 255), y)
     named = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
     if kind == "float16":
@@ -172,7 +162,7 @@ def test_one_level_off_in_one_value_is_refused() -> None:
 
 
 def test_time_limit_is_said() -> None:
-    model, x, y = network(nn.ReLU), photo(12, channels=1), torch.tensor([3])
+    model, x, y = grey(nn.ReLU), photo(12, channels=1), torch.tensor([3])
     observation = observed(model, x, y, 1e-2)
     found = invert(model, observation.gradients, (1, 12, 12), noise=1e-2, time_limit=0.0)
     assert not found.verified

@@ -11,14 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rconv_fast import SharedGradients, invert
+from small_networks import grey
 
 NOISES = (1e-6, 1e-4, 1e-3, 1e-2)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid)
 SHAPE, CLASSES = (1, 12, 12), 12
 TRIES = 50  # of each kind at each noise: 200 at each noise in all
 
+# Seed 3 is a draw whose noise was once taken for a second sample.
+QUICK = {(0, 1e-3), (3, 1e-3)}
 CASES = [
-    pytest.param(seed, noise, marks=[] if (seed, noise) == (0, 1e-3) else [pytest.mark.slow])
+    pytest.param(seed, noise, marks=[] if (seed, noise) in QUICK else [pytest.mark.slow])
     for seed in range(TRIES)
     for noise in NOISES
 ]
@@ -28,15 +31,7 @@ Gradients = dict[str, Tensor]
 
 def network(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    activation = ACTIVATIONS[seed % len(ACTIVATIONS)]
-    return nn.Sequential(
-        nn.Conv2d(1, 24, 5, stride=2, padding=2),
-        activation(),
-        nn.Conv2d(24, 32, 3, stride=2, padding=1),
-        activation(),
-        nn.Flatten(),
-        nn.Linear(32 * 9, CLASSES),
-    ).double()
+    return grey(ACTIVATIONS[seed % len(ACTIVATIONS)])
 
 
 def gradients(model: nn.Module, label: Tensor) -> Gradients:
@@ -44,6 +39,12 @@ def gradients(model: nn.Module, label: Tensor) -> Gradients:
     names, parameters = zip(*model.named_parameters(), strict=True)
     x = torch.rand(1, *SHAPE, dtype=torch.float64)
     return dict(zip(names, torch.autograd.grad(F.cross_entropy(model(x), label), parameters), strict=True))
+
+
+def with_noise(found: Gradients, noise: float) -> SharedGradients:
+    """Relative to each tensor's root mean square, and told."""
+    sigma = {name: noise * float(g.square().mean().sqrt()) for name, g in found.items()}
+    return SharedGradients({n: g + sigma[n] * torch.randn_like(g) for n, g in found.items()}, noise=sigma)
 
 
 Case = tuple[Gradients, dict[str, Any]]
@@ -70,16 +71,11 @@ def wrong_picture(model: nn.Module, found: Gradients, label: Tensor) -> Case:
 def test_a_false_statement_is_never_verified(wrong: Callable[..., Case], seed: int, noise: float) -> None:
     model, label = network(seed), torch.tensor([seed % CLASSES])
     stated, options = wrong(model, gradients(model, label), label)
-    sigma = {name: noise * float(g.square().mean().sqrt()) for name, g in stated.items()}
-    noisy = {name: g + sigma[name] * torch.randn_like(g) for name, g in stated.items()}
-    assert not invert(model, SharedGradients(noisy, noise=sigma), SHAPE, **options).verified
+    assert not invert(model, with_noise(stated, noise), SHAPE, **options).verified
 
 
 @pytest.mark.parametrize(("seed", "noise"), CASES)
 def test_a_true_statement_is_verified(seed: int, noise: float) -> None:
     """So that the refusals above say something."""
     model, label = network(seed), torch.tensor([seed % CLASSES])
-    stated = gradients(model, label)
-    sigma = {name: noise * float(g.square().mean().sqrt()) for name, g in stated.items()}
-    noisy = {name: g + sigma[name] * torch.randn_like(g) for name, g in stated.items()}
-    assert invert(model, SharedGradients(noisy, noise=sigma), SHAPE, labels=label).verified
+    assert invert(model, with_noise(gradients(model, label), noise), SHAPE, labels=label).verified

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from rconv_fast import psnr
 from rconv_fast.budget import Budget
 from rconv_fast.errors import LinAlgError
-from rconv_fast.estimate import layer_start
+from rconv_fast.estimate import joint_answer, layer_start
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.layer_start import WeightedRows, solve_robustly, solve_rows
 from rconv_fast.estimate.recursion import noisy_start
 from rconv_fast.losses import Loss
+from rconv_fast.observation import Observation
 from rconv_fast.walk.reader import build_graph
 
 
@@ -101,21 +102,45 @@ def test_rows_within_their_noise_keep_their_weights() -> None:
     assert all(torch.equal(a, b) for a, b in zip(solve_robustly(rows), solve_rows(rows), strict=True))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_many_bits_that_are_all_but_sure_do_not_drown_the_rows(seed: int) -> None:
-    """Thousands of dead values, active with a probability of 1e-4 each, are no noise in every filter's rows."""
+def behind_relus(
+    seed: int, shapes: tuple[tuple[int, int, int], ...], noise: float
+) -> tuple[GradientMap, Tensor, Tensor]:
+    """A noisy gradient of convolutions (filters, kernel, stride); the picture, and the last layer's input."""
     torch.manual_seed(seed)
-    convolutions = [nn.Conv2d(1, 16, 5, 2, 2), nn.Conv2d(16, 32, 3, 2, 1), nn.Conv2d(32, 48, 3, 1, 1)]
+    channels = (1, *(filters for filters, _, _ in shapes))
+    convolutions = [nn.Conv2d(c, f, k, s, k // 2) for c, (f, k, s) in zip(channels, shapes, strict=False)]
     layers = [layer for convolution in convolutions for layer in (convolution, nn.ReLU())]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(48 * 16, 10)).double()
+    model = nn.Sequential(*layers, nn.Flatten())
+    width = model(torch.zeros(1, 1, 16, 16)).numel()
+    model = nn.Sequential(*model, nn.Linear(width, 10)).double()
     x, y = torch.rand(1, 1, 16, 16).double(), torch.tensor([3])
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(parameters.values()))
-    sigma = {name: 1e-5 * g.square().mean().sqrt() for name, g in zip(parameters, found, strict=True)}
+    sigma = {name: noise * g.square().mean().sqrt() for name, g in zip(parameters, found, strict=True)}
     noisy = {n: (g + sigma[n] * torch.randn_like(g)).detach() for n, g in zip(parameters, found, strict=True)}
-    problem = GradientMap.read(model, Loss("cross_entropy"), y, noisy, sigma, x.shape)
-    graph = problem.graph
-    assert graph is not None
-    start = noisy_start(problem, {graph.steps[graph.output].inputs[0]: model[:-1](x).detach()}, Budget())
+    return GradientMap.read(model, Loss("cross_entropy"), y, noisy, sigma, x.shape), x, model[:-1](x).detach()
+
+
+def in_front_of_last(problem: GradientMap, features: Tensor) -> dict[str, Tensor]:
+    assert problem.graph is not None
+    return {problem.graph.steps[problem.graph.output].inputs[0]: features}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_bits_that_are_all_but_sure_do_not_drown_the_rows(seed: int) -> None:
+    """Thousands of dead values, active with a probability of 1e-4 each, are no noise in every filter's rows."""
+    problem, x, features = behind_relus(seed, ((16, 5, 2), (32, 3, 2), (48, 3, 1)), 1e-5)
+    start = noisy_start(problem, in_front_of_last(problem, features), Budget())
     assert start is not None
     assert psnr(start[0], x) > 105  # 90 to 100 dB with the doubt of each taken for noise
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_estimate_starts_on_the_sides_that_the_recursion_found(seed: int) -> None:
+    """A first layer of few filters leaves the start far less exact than the layers behind it are."""
+    problem, x, features = behind_relus(seed, ((7, 5, 2), (32, 3, 1)), 3e-3)
+    observation = Observation(problem.seen, problem.loss, problem.sigma)
+    known = in_front_of_last(problem, features)
+    found = joint_answer(problem.model, observation, problem.targets, known, x.shape, None, Budget())
+    assert found is not None
+    assert abs(found.z) < 4
