@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.losses import Loss
 from rconv_fast.observation import Observation
-from rconv_fast.polish import gauss_newton_step, polish
+from rconv_fast.polish import gauss_newton_step, polish, size_of
 
 LABELS = torch.tensor([3])
 
@@ -105,3 +105,27 @@ def test_what_rounding_left_of_terms_that_cancel_has_no_weight() -> None:
     assert 1e-16 < float(observation.sigma("bias")) < 1e-14
     smaller = Observation(gradients | {"bias": gradients["bias"] * 1e6}, Loss())
     assert float(smaller.sigma("bias")) == pytest.approx(2.0**-53 * 1e-10)
+
+
+def in_training(seed: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for channels, filters in ((3, 12), (12, 24)):
+        layers += [nn.Conv2d(channels, filters, 3, 2, 1), nn.BatchNorm2d(filters), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96, 10)).double().train()
+    return model, torch.rand(1, 3, 8, 8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_wrong_sides_are_settled_where_units_of_rounding_differ_by_orders(seed: int) -> None:
+    """A start at 50 dB with sides on the wrong side of their kinks, gradients known to 1e-7."""
+    model, x = in_training(seed)
+    seen = gradients_at(model, x)
+    least = 1e-6 * max(float(g.square().mean().sqrt()) for g in seen.values())
+    sigma = {name: 1e-7 * g.square().mean().sqrt().clamp_min(least) for name, g in seen.items()}
+    problem = GradientMap.read(model, Loss(), LABELS, seen, sigma, x.shape)
+    near = x + 3e-3 * torch.randn_like(x)
+    wrong = [(a > 0) != (b > 0) for a, b in zip(*(problem.kink_inputs(v).values() for v in (x, near)), strict=True)]
+    assert any(bool(part.any()) for part in wrong)
+    found = polish(problem, near, 1.0)
+    assert size_of(problem.residual(found)) <= 1.0

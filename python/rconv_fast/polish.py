@@ -4,7 +4,8 @@ The recursion uses each equation once, layer by layer, so rounding in the last l
 The full least-squares problem ``min_x sum_p ||(dL/dp(x) - g_p) / sigma_p||^2`` has the same solution and
 averages the rounding over all equations (COPA's successor polishes a layer-wise answer the same way, arXiv
 2210.13231). Where an activation's input is so near to its kink that the answer may lie on the wrong side, the gradients
-jump, which no derivative shows: the sides of those nearest are unknowns beside x, rounded when they are solved for.
+jump, which no derivative shows: the sides of those nearest are unknowns beside x. Where the information matrix fits,
+they are settled one after the other by it, and all others held; else they are rounded when they are solved for.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from torch import Tensor
 
 from rconv_fast.budget import Budget
 from rconv_fast.estimate import bits as bit
+from rconv_fast.estimate.bounds import DENSE_UP_TO
+from rconv_fast.estimate.fisher import dense_fisher
+from rconv_fast.estimate.gauss_newton import gauss_newton
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts
-from rconv_fast.estimate.pieces import Bits
+from rconv_fast.estimate.information import Information
+from rconv_fast.estimate.pieces import Bits, kinked_steps
 from rconv_fast.memory import is_out_of_memory
 from rconv_fast.solve.conjugate import LeastSquares
 from rconv_fast.solve.krylov import NO_LIMIT
@@ -27,8 +32,12 @@ INNER_ITERATIONS = 600
 MAX_STEPS = 4
 # A step is solved until its gradient has fallen by this.
 FALL = 1e-12
+# A step that does not halve a mismatch of more than so many goals found no answer: with a side wrong the least mismatch
+# may be anywhere.
+NEAR = 10.0
 # Shares of the activations, those nearest to their kink, whose sides are unknowns: the first that leads to the goal.
-FREED = (0.0, 0.0005, 0.002, 0.01)
+# As many as `bits.MOST` in all.
+FREED = (0.0, 0.0005, 0.002, 0.01, 0.05)
 
 
 def polish(problem: GradientMap, inputs: Tensor, goal: float, budget: Budget = NO_LIMIT) -> Tensor:
@@ -51,38 +60,44 @@ def polish(problem: GradientMap, inputs: Tensor, goal: float, budget: Budget = N
         `inputs`, or a better answer. A model that cannot be differentiated three times is left as it is.
     """
     best, size = inputs, size_of(problem.residual(inputs))
-    for share in FREED:
+    information: Information | None = None
+    for share in FREED if kinked_steps(problem.graph) else FREED[:1]:
         for _ in range(MAX_STEPS):
             if size <= goal or not math.isfinite(size) or budget.spent:
                 return best
             try:
-                candidate = _moved(problem, best, share)
+                if share > 0 and information is None and best.numel() <= DENSE_UP_TO:
+                    information = _information(problem, best)
+                candidate = _moved(problem, best, share, information, budget)
             except RuntimeError as error:  # a layer of the user's own that cannot be differentiated three times
                 if is_out_of_memory(error):
                     raise
                 return best
-            if candidate is None:  # no kink, so nothing to free
-                return best
             size_new = size_of(problem.residual(candidate))
-            if not size_new < size:
-                break
-            stalled = size_new > 0.5 * size
-            best, size = candidate, size_new
-            if stalled:
+            halved = size_new < 0.5 * size
+            if halved or size_new < min(size, NEAR * goal):
+                best, size, information = candidate, size_new, None
+            if not halved:
                 break
     return best
 
 
-def _moved(problem: GradientMap, x: Tensor, share: float) -> Tensor | None:
-    """One step from x; with sides to free, a step with them free and one with them rounded."""
+def _moved(problem: GradientMap, x: Tensor, share: float, information: Information | None, budget: Budget) -> Tensor:
+    """One step from x; with sides to free, a step with them free and one with them settled."""
     if share == 0:
         return x + gauss_newton_step(problem.at(x))
     inputs = problem.kink_inputs(x)
-    if not inputs:
-        return None
-    bits, doubt = sides(inputs), nearest(inputs, share)
+    bits, doubt = sides(inputs), nearest(inputs, share, bit.MOST)
+    if information is not None:
+        x, bits = bit.settle(problem.held(bits), x, bits, doubt, information)
+        return gauss_newton(problem.held(bits), x, information.solve, budget=budget).x
     x, bits = freed_step(problem, x, bits, doubt)
     return x + gauss_newton_step(problem.held({name: sides_of(d) for name, d in bits.items()}).at(x))
+
+
+def _information(problem: GradientMap, x: Tensor) -> Information:
+    """About x, on its own sides."""
+    return Information.create(dense_fisher(problem.held(sides(problem.kink_inputs(x))), x), x.shape)
 
 
 def sides_of(d: Tensor) -> Tensor:
@@ -95,10 +110,10 @@ def sides(inputs: Bits) -> dict[str, Tensor]:
     return {name: (z > 0).to(z) for name, z in inputs.items()}
 
 
-def nearest(inputs: Bits, share: float) -> bit.Doubt:
+def nearest(inputs: Bits, share: float, most: int | None = None) -> bit.Doubt:
     """The activations whose inputs are nearest to the kink, each beside the size of its layer's."""
     distance = torch.cat([(z.abs() / z.square().mean().sqrt()).flatten() for z in inputs.values()])
-    places = torch.argsort(distance)[: math.ceil(share * len(distance))]
+    places = torch.argsort(distance)[: math.ceil(share * len(distance))][:most]
     return bit.Doubt(places, torch.full_like(distance[places], 0.5))
 
 

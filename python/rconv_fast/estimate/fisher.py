@@ -36,11 +36,10 @@ from rconv_fast.layers.conv import ConvRule
 from rconv_fast.layers.dropout import DropoutRule
 from rconv_fast.layers.pool import MaxPoolRule
 from rconv_fast.layers.rearrange import RearrangeRule
-from rconv_fast.memory import available_bytes
 from rconv_fast.solve.phases.gram import input_gram, phase_places, phase_rows, tap_windows
 from rconv_fast.walk.graph import Graph, Step
 
-# Products with J done at once where J itself is formed; tangents sent through a step at once.
+# Products with J done at once where the structure is not known; tangents sent through a step at once.
 TOGETHER, ALONG = 64, 256
 # Parameters that are no weights of a convolution or fully connected layer (batch norm's) are few.
 MOST_OTHERS = 4096
@@ -49,9 +48,9 @@ PIECEWISE_LINEAR = (ConvRule, AffineRule, SumRule, AverageRule, RearrangeRule, M
 
 
 def dense_fisher(problem: GradientMap, x: Tensor) -> Tensor:
-    """``F`` (n, n) at x, n all values of x: by the structure where every layer has it, else from J itself."""
+    """``F`` (n, n) at x, n all values of x: by the structure where every layer has it, else by products with J."""
     structure = _structure(problem)
-    return _from_jacobian(problem, x) if structure is None else _from_structure(problem, structure, x)
+    return _from_products(problem, x) if structure is None else _from_structure(problem, structure, x)
 
 
 def has_structure(problem: GradientMap) -> bool:
@@ -59,19 +58,15 @@ def has_structure(problem: GradientMap) -> bool:
     return _structure(problem) is not None
 
 
-# --- From J ----------------------------------------------------------------------------------------------
+# --- From products with J ---------------------------------------------------------------------------------
 
 
-def _from_jacobian(problem: GradientMap, x: Tensor) -> Tensor:
-    """Columns of ``J^T J``: from J where it fits, else by products."""
-    n = x.numel()
+def _from_products(problem: GradientMap, x: Tensor) -> Tensor:
+    """``J^T J e`` of all units e: J's own columns would take as long, and their products several times that."""
     at = problem.at(x)
-    entries = sum(part.numel() for part in at.residual)
-    units = torch.eye(n, dtype=x.dtype, device=x.device).reshape(n, *x.shape).split(TOGETHER)
-    if 3 * 8 * n * entries < available_bytes(x.device):
-        rows = torch.cat([torch.cat([p.flatten(1) for p in at.forward(v)], 1) for v in units])
-        return rows @ rows.mT
-    return torch.cat([at.normal(v).flatten(1) for v in units])
+    units = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape).split(TOGETHER)
+    fisher = torch.cat([at.normal(v).flatten(1) for v in units])
+    return (fisher + fisher.mT) / 2
 
 
 # --- From the structure ----------------------------------------------------------------------------------

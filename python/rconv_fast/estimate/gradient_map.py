@@ -162,7 +162,8 @@ class GradientMap:
 
     def chi2(self, x: Tensor) -> float:
         """``||r||^2``."""
-        return dot(*[self.residual(x.detach())] * 2)
+        parts = [part.detach() for part in self.residual(x.detach())]
+        return dot(parts, parts)
 
     def at(self, x: Tensor) -> Linearisation:
         """Residual and Jacobian products at x."""
