@@ -19,8 +19,9 @@ from rconv_fast.patterns import information
 from rconv_fast.patterns.alternation import BELIEFS, alternate
 from rconv_fast.patterns.beliefs import Estimate, Marginal, can_believe, gradient_belief, position_belief, updated
 from rconv_fast.patterns.certificate import certify
-from rconv_fast.patterns.information import Equations
+from rconv_fast.patterns.information import Equations, Prior
 from rconv_fast.patterns.maxima import Maxima
+from rconv_fast.patterns.moments import Site
 from rconv_fast.patterns.problem import Convolution, Problem, Reading
 from rconv_fast.patterns.robust import SHARP, RobustSteps
 
@@ -43,16 +44,17 @@ def test_information_is_that_of_all_rows_with_their_covariances(groups: int, bat
     outputs = (batch, 4, c.geometry.n_output)
     g, target, weight = torch.randn(outputs).double(), torch.randn(outputs).double(), torch.rand(outputs).double()
     root = torch.randn(4, *2 * (c.weight[0].numel(),), dtype=torch.float64)
-    zeros = torch.rand(c.shape, dtype=torch.float64)
-    equations = Equations(c, Reading(g, target, weight), zeros, root @ root.mT)
+    inputs = Site(torch.rand(c.shape, dtype=torch.float64), torch.randn(c.shape, dtype=torch.float64))
+    before = Prior(torch.eye(inputs.weight.numel(), dtype=torch.float64), inputs.weight.numel())
+    equations = Equations(c, Reading(g, target, weight), inputs, root @ root.mT, before)
     of_values = columns(lambda x: c.output(x) - c.bias[:, None], c.shape)
     of_gradients = columns(lambda x: c.weight_gradient(x, g), c.shape)
     metric = torch.block_diag(*equations.precision)
     expected = of_gradients.T @ metric @ of_gradients + of_values.T @ torch.diag(weight.flatten()) @ of_values
-    assert torch.allclose(equations.information(), expected + torch.diag(zeros.flatten()))
+    assert torch.allclose(equations.information(), expected + torch.diag(inputs.weight.flatten()) + before.information)
     seen = of_gradients.T @ metric @ c.grad_weight.flatten()
     known = of_values.T @ (weight * (target - c.bias[:, None])).flatten()
-    assert torch.allclose(equations.right().flatten(), seen + known)
+    assert torch.allclose(equations.right().flatten(), seen + known + (inputs.weight * inputs.target).flatten())
 
 
 @pytest.mark.parametrize("most_exact", [1700, 0], ids=["exact", "drawn"])
@@ -62,7 +64,7 @@ def test_error_bars_are_those_of_the_inverse(most_exact: int, monkeypatch: pytes
     c = convolution(2, 2)
     g = torch.randn(2, 4, c.geometry.n_output, dtype=torch.float64)
     white = torch.eye(9, dtype=torch.float64).expand(4, 9, 9)
-    solved = Equations(c, Reading(g, g, torch.rand_like(g)), torch.ones(c.shape).double(), white).solved()
+    solved = Equations(c, Reading(g, g, torch.rand_like(g)), Site.zeros(torch.ones(c.shape).double()), white).solved()
     covariance = (solved.factor @ solved.factor.T).inverse()
     of_values = columns(lambda x: c.output(x) - c.bias[:, None], c.shape)
     of_x, of_o = solved.variances(c)

@@ -88,7 +88,8 @@ def invert(
     dtype : torch.dtype
         Working precision.
     prior : {None, "box", "nonnegative", "tv"}
-        What to prefer among the solutions where the equations leave the input open (None: minimum norm).
+        What to prefer among the solutions where the equations leave the input open (None: minimum norm). "tv" also
+        shows the picture to be expected, with error bars, where a hidden max pooling leaves it open.
     method : {"auto", "analytic", "optimise"}
         "optimise" goes on by gradient matching where nothing is verified, from what the equations say; the others
         never do.

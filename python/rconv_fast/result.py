@@ -63,7 +63,8 @@ class Inversion:
     determined : Tensor or None
         Bool (B, \*input_shape): proven to be fixed by the equations.
     uncertainty : Tensor or None
-        (B, \*input_shape): predicted standard deviation of each value under the noise (inf where open).
+        (B, \*input_shape): predicted standard deviation of each value, under the noise (inf where open) or, where
+        a hidden pattern leaves a picture open, under the prior that chose it.
     samples : list of Sample
         One entry a sample of the batch.
     batch_size : int or None

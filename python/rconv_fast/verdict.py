@@ -143,6 +143,13 @@ class Answer:
         return self.passed.values.get(self.graph.input)
 
     @property
+    def error_bars(self) -> Tensor | None:
+        """Of its inputs: under the noise, or, where they are what a prior lets one expect, under that."""
+        if self.estimate is not None:
+            return self.estimate.uncertainty
+        return self.passed.deviations.get(self.graph.input)
+
+    @property
     def certified(self) -> bool:
         """Whether its inputs are samples that the head certified one by one, right whatever else the batch holds."""
         nothing_solved = not self.passed.reports and self.estimate is None and not self.loud
@@ -244,7 +251,7 @@ def _of_answer(
         gradient_residual=best.relative,
         noise_ratio=best.noise_ratio,
         determined=determined,
-        uncertainty=None if best.estimate is None else best.estimate.uncertainty,
+        uncertainty=best.error_bars,
         samples=_samples(best, status),
         batch_size=len(head.grad_logits) if head.complete else outcome.batch_size if head.spare else None,
         label_counts=outcome.label_counts if outcome.label_counts is not None else _counts(best),
@@ -273,7 +280,7 @@ def _determined(best: Answer, notes: list[str], prior: str | None) -> Tensor:
     if open_layers and not best.good:
         determined = torch.zeros_like(determined)
         notes.append(f"the inputs of {', '.join(open_layers)} are not determined, so nothing before them is proven")
-    contradicted = [r for r in passed.reports.values() if r.residual > CONTRADICTION]
+    contradicted = [r for n, r in passed.reports.items() if r.residual > CONTRADICTION and n not in passed.deviations]
     if contradicted and not best.good:
         determined = torch.zeros_like(determined)
         worst = max(contradicted, key=lambda r: r.residual)
@@ -333,15 +340,16 @@ def _verdict(best: Answer, determined: Tensor | None, verified: bool) -> str:
         return "partial"
     if bool(determined.any()) and not bool(determined.all()):
         return "partial"
-    close = best.relative < COARSE or (best.estimate is not None and best.good)
+    expected = best.graph.input in best.passed.deviations
+    close = best.relative < COARSE or expected or (best.estimate is not None and best.good)
     return "approximate" if close else "features"
 
 
 def _samples(best: Answer, status: str) -> list[Sample]:
-    found, head = best.estimate, best.head
+    bars, head = best.error_bars, best.head
     errors = [_exact_error(best, index) if status == "exact" else math.inf for index in range(len(head.certificates))]
-    if found is not None:
-        errors = found.uncertainty.flatten(1).square().mean(1).sqrt().tolist()
+    if bars is not None:
+        errors = bars.flatten(1).square().mean(1).sqrt().tolist()
     rows = zip(head.certificates, head.multiplicities, errors, strict=True)
     return [
         Sample(label_of(head.labels, index), float(certificate), int(times), status, error)

@@ -35,6 +35,7 @@ from torch import Tensor
 from rconv_fast.patterns.information import Equations
 from rconv_fast.patterns.least_squares import patches
 from rconv_fast.patterns.maxima import Maxima
+from rconv_fast.patterns.moments import Site
 from rconv_fast.patterns.problem import Convolution, Problem, Reading
 
 # Unknowns of which the information matrix is formed, and multiplications of a round, at most.
@@ -121,16 +122,13 @@ def updated(problem: Problem, known: Estimate) -> Estimate:
     convolution, maxima = problem.front.last, problem.hidden
     assert isinstance(maxima, Maxima)
     x, cavity = known.x.mean, known.o.without_own(maxima.target)
-    eps = max(SURE * float(cavity.deviation.median()), LEAST * float(cavity.mean.std()))
-    by_value = position_belief(maxima, cavity)
-    belief = by_value
-    for _ in range(ASKED):
-        belief = gradient_belief(convolution, maxima, known, by_value, belief)
+    eps = error_of_values(cavity)
+    belief = position_and_gradient_belief(convolution, maxima, known, cavity)
     reading = Reading(maxima.gradient(belief), maxima.target, _value_weights(maxima, cavity, belief, eps))
     rectified = problem.front.low == 0
     zeros = _zero_weights(known.x, SURE * known.size) if rectified else torch.zeros_like(x)
-    precision = _precision(convolution, maxima, known, belief, reading.g, eps)
-    solved = Equations(convolution, reading, zeros, precision).solved()
+    precision = precision_of(convolution, maxima, known, belief, reading.g, eps)
+    solved = Equations(convolution, reading, Site.zeros(zeros), precision).solved()
     of_x, of_o = solved.variances(convolution)
     scale = INFLATION * solved.misfit
     x = solved.x.clamp(problem.front.low, problem.front.high)
@@ -138,6 +136,19 @@ def updated(problem: Problem, known: Estimate) -> Estimate:
         Marginal.create(x, scale * of_x.sqrt(), zeros * of_x),
         Marginal.create(convolution.output(x), scale * of_o.sqrt(), reading.weight * of_o),
     )
+
+
+def error_of_values(o: Marginal) -> float:
+    """The error eps of an equation ``o = m``, from those of the outputs."""
+    return max(SURE * float(o.deviation.median()), LEAST * float(o.mean.std()))
+
+
+def position_and_gradient_belief(convolution: Convolution, maxima: Maxima, known: Estimate, o: Marginal) -> Tensor:
+    """P (B, F, V, Q) from what all other equations say of the outputs, and from the gradients."""
+    by_value = belief = position_belief(maxima, o)
+    for _ in range(ASKED):
+        belief = gradient_belief(convolution, maxima, known, by_value, belief)
+    return belief
 
 
 def position_belief(maxima: Maxima, o: Marginal) -> Tensor:
@@ -208,7 +219,7 @@ def _all_doubts(convolution: Convolution, maxima: Maxima, x: Tensor, p: Tensor) 
         yield _Doubts(where, belief, apart, (size.square() * (1 - belief.square().sum(-1))).sum())
 
 
-def _precision(convolution: Convolution, maxima: Maxima, known: Estimate, p: Tensor, g: Tensor, eps: float) -> Tensor:
+def precision_of(convolution: Convolution, maxima: Maxima, known: Estimate, p: Tensor, g: Tensor, eps: float) -> Tensor:
     """``C_f^-1`` of all filters; eps is the error of an output, so the rows have it in proportion to their size."""
     found = []
     for f, doubts in enumerate(_all_doubts(convolution, maxima, known.x.mean, p)):

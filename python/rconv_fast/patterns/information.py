@@ -1,10 +1,10 @@
 """The information that equations with known covariances hold of the input of one convolution, and what follows from it.
 
-    ``F = sum_f B_f^T C_f^-1 B_f  +  W^T diag(w) W  +  diag(z)``
+    ``F = sum_f B_f^T C_f^-1 B_f  +  W^T diag(w) W  +  diag(z)  +  R``
 
 B_f a filter's gradient rows, C_f their covariance; w the weights of outputs whose value is known, z those of inputs
-that are zero. All channels see the same gradient of an output, so ``B_f`` is one matrix ``a_f`` (K, n) for each of
-them, and the block of channels c and d is ``sum_f a_f^T C_f^-1[c, d] a_f``.
+(such as are zero), R what was known beforehand. All channels see the same gradient of an output, so ``B_f`` is one
+matrix ``a_f`` (K, n) for each of them, and the block of channels c and d is ``sum_f a_f^T C_f^-1[c, d] a_f``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rconv_fast.patterns.least_squares import meeting_places, safe_cholesky, value_gram
+from rconv_fast.patterns.moments import Site
 from rconv_fast.patterns.problem import Convolution, Reading
 
 # Unknowns up to which the error bars are exact; draws for those of more, which are then known to 9 %.
 MOST_EXACT, DRAWS = 1700, 64
+
+
+@dataclass(frozen=True)
+class Prior:
+    r"""What is known beforehand, a Gaussian around 0: R, unknowns in the order (B, C, \*in), and its rank."""
+
+    information: Tensor
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -34,16 +43,19 @@ class Equations:
         W, b, dW.
     reading : Reading
         The gradients g of the outputs, and the values of some.
-    zeros : Tensor, (B, C, \*in)
-        Weights z of ``x = 0``.
+    inputs : Site
+        Equations of single inputs, (B, C, \*in).
     precision : Tensor, (F, D, D)
         ``C_f^-1`` of each filter's D = C/G * K gradient equations, 0 without a gradient.
+    prior : Prior or None
+        R.
     """
 
     convolution: Convolution
     reading: Reading
-    zeros: Tensor
+    inputs: Site
     precision: Tensor
+    prior: Prior | None = None
 
     def information(self) -> Tensor:
         r"""F, unknowns in the order (B, C, \*in)."""
@@ -61,16 +73,16 @@ class Equations:
                 own[:, c, :, :, d] += block.view(batch, n, batch, n)
                 if c != d:
                     own[:, d, :, :, c] += block.mT.view(batch, n, batch, n)
-        matrix = total.view(self.zeros.numel(), -1)
-        matrix.diagonal().add_(self.zeros.flatten())
-        return matrix
+        matrix = total.view(self.inputs.weight.numel(), -1)
+        matrix.diagonal().add_(self.inputs.weight.flatten())
+        return matrix if self.prior is None else matrix.add_(self.prior.information)
 
     def right(self) -> Tensor:
         r"""The right-hand side of ``F x = r``, (B, C, \*in)."""
         c = self.convolution
         weighted = (self.precision @ c.grad_weight.flatten(1)[..., None]).view_as(c.grad_weight)
         values = self.reading.weight * (self.reading.target - c.bias[:, None])
-        return c.back(values, c.weight) + c.back(self.reading.g, weighted)
+        return c.back(values, c.weight) + c.back(self.reading.g, weighted) + self.inputs.weight * self.inputs.target
 
     def solved(self) -> Solved:
         """The most likely input, and its information."""
@@ -85,10 +97,13 @@ class Equations:
         missed = (c.weight_gradient(x, self.reading.g) - c.grad_weight).flatten(1)
         by_gradients = (missed[:, None] @ self.precision @ missed[..., None]).sum()
         by_values = (self.reading.weight * (c.output(x) - self.reading.target).square()).sum()
-        by_zeros = (self.zeros * x.square()).sum()
+        by_inputs = (self.inputs.weight * (x - self.inputs.target).square()).sum()
         alive = self.precision.diagonal(dim1=1, dim2=2).sum(1) > 0
-        count = missed[alive].numel() + int((self.reading.weight > 0).sum()) + int((self.zeros > 0).sum())
-        return math.sqrt(float(by_gradients + by_values + by_zeros) / max(1, count - x.numel()))
+        count = missed[alive].numel() + int((self.reading.weight > 0).sum()) + int((self.inputs.weight > 0).sum())
+        chi2 = by_gradients + by_values + by_inputs
+        if self.prior is not None:
+            chi2, count = chi2 + x.flatten() @ self.prior.information @ x.flatten(), count + self.prior.rank
+        return math.sqrt(float(chi2) / max(1, count - x.numel()))
 
 
 @dataclass(frozen=True)
@@ -102,17 +117,18 @@ class Solved:
     def variances(self, convolution: Convolution) -> tuple[Tensor, Tensor]:
         """Of input and outputs, the diagonals of ``F^-1`` and ``W F^-1 W^T``; by draws where unknowns are many."""
         if len(self.factor) > MOST_EXACT:
-            return self._drawn(convolution)
+            draws = self.draws(convolution)
+            makes = [convolution.output(draw) - convolution.bias[:, None] for draw in draws]
+            return draws.square().mean(0), torch.stack(makes).square().mean(0)
         inverse = torch.cholesky_inverse(self.factor)
         return inverse.diagonal().reshape(convolution.shape), output_variances(convolution, inverse)
 
-    def _drawn(self, convolution: Convolution) -> tuple[Tensor, Tensor]:
-        """From draws ``L^-T e``, whose covariance is the inverse of ``L L^T``."""
+    def draws(self, convolution: Convolution) -> Tensor:
+        r"""Errors of the input, (DRAWS, B, C, \*in): ``L^-T e``, whose covariance is the inverse of ``L L^T``."""
         generator = torch.Generator().manual_seed(0)
         white = torch.randn(len(self.factor), DRAWS, generator=generator, dtype=self.factor.dtype)
-        draws = torch.linalg.solve_triangular(self.factor.mT, white.to(self.factor), upper=True)
-        makes = [convolution.output(draw.view(convolution.shape)) - convolution.bias[:, None] for draw in draws.mT]
-        return draws.square().mean(1).view(convolution.shape), torch.stack(makes).square().mean(0)
+        draws: Tensor = torch.linalg.solve_triangular(self.factor.mT, white.to(self.factor), upper=True)
+        return draws.mT.reshape(-1, *convolution.shape)
 
 
 def output_variances(convolution: Convolution, covariance: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ class Pass:
         Where it ended since another threshold may do better.
     open : frozenset of str
         Solved steps whose equations leave open what the layers before need.
+    deviations : mapping of str to Tensor
+        Standard deviations of values that are only to be expected, under a prior.
     """
 
     values: Mapping[str, Tensor]
@@ -71,6 +73,7 @@ class Pass:
     stop: Stop | None = None
     contradiction: Contradiction | None = None
     open: frozenset[str] = frozenset()
+    deviations: Mapping[str, Tensor] = field(default_factory=dict)
 
     def repeated(self, index: Tensor) -> Pass:
         """The same for a batch whose samples are these, by number."""
@@ -79,7 +82,8 @@ class Pass:
             return {name: tensor[index] for name, tensor in tensors.items()}
 
         values, grads, raw, determined = map(rows, (self.values, self.grads, self.raw, self.determined))
-        return replace(self, values=values, grads=grads, raw=raw, determined=determined)
+        deviations = rows(self.deviations)
+        return replace(self, values=values, grads=grads, raw=raw, determined=determined, deviations=deviations)
 
     def with_value(self, name: str, value: Tensor) -> Pass:
         """The same with another value of one step."""
@@ -94,17 +98,19 @@ class Pass:
             {name: self.determined[name] for name in names if name in self.determined},
             {name: self.reports[name] for name in names if name in self.reports},
             self.open & set(names),
+            {name: self.deviations[name] for name in names if name in self.deviations},
         )
 
 
 @dataclass(frozen=True)
 class Known:
-    """Tensors a pass need not solve for, which of their values are determined, the reports of how they were found."""
+    """Tensors a pass need not solve for, as a `Pass` holds them."""
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
     determined: Mapping[str, Tensor] = field(default_factory=dict)
     reports: Mapping[str, LayerReport] = field(default_factory=dict)
     open: frozenset[str] = frozenset()
+    deviations: Mapping[str, Tensor] = field(default_factory=dict)
 
     def and_also(self, other: Known) -> Known:
         """Both."""
@@ -112,6 +118,8 @@ class Known:
             {**self.values, **other.values},
             {**self.determined, **other.determined},
             {**self.reports, **other.reports},
+            self.open | other.open,
+            {**self.deviations, **other.deviations},
         )
 
 

@@ -17,11 +17,13 @@ from rconv_fast.layers.conv import ConvRule
 from rconv_fast.patterns.alternation import BELIEFS, Attempt, Believing, alternate, kicked
 from rconv_fast.patterns.averages import Averages, pack, rank_of_products
 from rconv_fast.patterns.beliefs import can_believe
-from rconv_fast.patterns.certificate import Fit, certify
+from rconv_fast.patterns.certificate import Fit, certify, unproven
 from rconv_fast.patterns.least_squares import WeightedSolver
+from rconv_fast.patterns.likely import likely_picture
 from rconv_fast.patterns.problem import Problem
 from rconv_fast.patterns.robust import DESCENT, GENTLE, MERGED, SHARP, SOFT, Schedule
 from rconv_fast.progress import Event
+from rconv_fast.solve import Evidence
 from rconv_fast.walk.chain import LEAST_TOLERANCE, Chain, merge, read_chain, read_problem
 from rconv_fast.walk.found import Known, Options, Pass
 from rconv_fast.walk.graph import Graph
@@ -81,7 +83,7 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
     options = options if limited else replace(options, budget=options.budget.at_most(SEARCH_SECONDS))
     start = time.perf_counter()
     merged = merge(graph, chain, problem)
-    searched = _search(_Searched(chain, problem, alone=merged is None), options)
+    alone = searched = _search(_Searched(chain, problem, alone=merged is None), options)
     unfinished = searched.goes_on(options.budget) or searched.leaves_open
     if merged is not None and unfinished:
         by_both = _search(_Searched(*merged), options)
@@ -89,7 +91,9 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
         searched = by_both if better and not by_both.reason else searched
     if searched.goes_on(options.budget) and searched.misfit <= NEAR:
         searched = _kicked(searched, options)
-    return _outcome(graph, searched, time.perf_counter() - start, options)
+    if _is_expected(graph, alone, options) and not searched.certified:
+        return _expected(alone, start, options)
+    return _outcome(graph, searched, start, options)
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,27 @@ def _kicked(searched: _Searched, options: Options) -> _Searched:
     return searched.after(schedule.name, kicked(searched.problem, schedule, options.budget, stuck))
 
 
+def _is_expected(graph: Graph, searched: _Searched, options: Options) -> bool:
+    """Whether a picture was asked for where nothing proves one."""
+    picture = searched.chain.first.inputs[0] == graph.input
+    return options.prior == "tv" and picture and can_believe(searched.problem) and not options.budget.spent
+
+
+def _expected(searched: _Searched, start: float, options: Options) -> Outcome:
+    """The picture to be expected under the prior, with its error bars; nothing of it is proven."""
+    chain, problem = searched.chain, searched.problem
+    name = chain.first.inputs[0]
+    options.progress(Event(chain.conv.label, f"picture to be expected ({options.prior})"))
+    likely = likely_picture(problem, options.budget)
+    fit = unproven(problem, likely.x)
+    evidence = replace(fit.evidence, rank=min(fit.evidence.rows, fit.evidence.unknowns), iterations=likely.rounds)
+    report = _report(chain, evidence, f"beliefs and prior {options.prior}, {likely.rounds} rounds", start)
+    values = _run(chain, likely.x)
+    del values[chain.hidden.name]  # which is known better
+    known = Known(values, {name: fit.determined}, {name: report}, frozenset({name}), {name: likely.deviation})
+    return Outcome(_pieces(searched, fit), known, _reason(searched, start, options))
+
+
 Proposal = Callable[[Budget], Attempt]
 
 
@@ -194,29 +219,48 @@ def _packed(problem: Problem, chain: Chain, budget: Budget) -> Attempt:
     return Attempt(fit, f"{programs} linear programs")
 
 
-def _outcome(graph: Graph, searched: _Searched, seconds: float, options: Options) -> Outcome:
+def _outcome(graph: Graph, searched: _Searched, start: float, options: Options) -> Outcome:
     """Pieces and values as a pass takes them; without a certificate only the network's input, where that is near."""
-    chain, problem, found = searched.chain, searched.problem, searched.nearest
+    chain, found = searched.chain, searched.nearest
     name = chain.first.inputs[0]
-    why = f"where {searched.reason}" if searched.reason else "of which no pattern was found"
-    late = f" in {seconds:.0f} s: time_limit= allows more" if options.budget.spent else ""
-    reason = f"{chain.hidden.rule.kind}, {why}{late}"
+    reason = _reason(searched, start, options)
     if found is None or not (found.certified or (found.misfit <= NEAR and name == graph.input)):
         return Outcome(reason=reason)
-    x = found.x.reshape(graph.steps[name].shape)
-    values = {name: x}
+    pieces = _pieces(searched, found)
+    if searched.leaves_open:  # a pass may know more of these values, such as that they are not negative
+        return Outcome(pieces)
+    values = _run(chain, found.x.reshape(graph.steps[name].shape))
+    report = _report(chain, found.evidence, searched.how, start)
+    known = Known(values, {name: found.determined.reshape(values[name].shape)}, {name: report})
+    return Outcome(pieces, known, "" if found.certified else reason)
+
+
+def _reason(searched: _Searched, start: float, options: Options) -> str:
+    """Why no pattern was found."""
+    why = f"where {searched.reason}" if searched.reason else "of which no pattern was found"
+    late = f" in {time.perf_counter() - start:.0f} s: time_limit= allows more" if options.budget.spent else ""
+    return f"{searched.chain.hidden.rule.kind}, {why}{late}"
+
+
+def _run(chain: Chain, x: Tensor) -> dict[str, Tensor]:
+    """All values of the chain by a forward run of its input."""
+    values = {chain.first.inputs[0]: x}
     with torch.no_grad():
         for step in chain.steps:
             values[step.name] = x = step.forward(x)
-    o = problem.front.output(found.x)
-    miss = float(problem.hidden.residual(o, found.pattern).abs().max() / o.abs().max())
-    pieces = problem.hidden.pieces(o, max(TIE * miss, LEAST_TIE * LEAST_TOLERANCE))
+    return values
+
+
+def _pieces(searched: _Searched, found: Fit) -> dict[str, Tensor]:
+    """The hidden layer's pieces by a forward run."""
+    hidden, step = searched.problem.hidden, searched.chain.hidden
+    o = searched.problem.front.output(found.x)
+    miss = float(hidden.residual(o, found.pattern).abs().max() / o.abs().max())
+    return {step.name: hidden.pieces(o, max(TIE * miss, LEAST_TIE * LEAST_TOLERANCE)).reshape(step.shape)}
+
+
+def _report(chain: Chain, evidence: Evidence, how: str, start: float) -> LayerReport:
+    seconds = time.perf_counter() - start
     label = " + ".join(step.label for step in chain.steps if isinstance(step.rule, ConvRule))
-    how = f"{searched.how}, {seconds:.1f} s{'' if found.certified else ', not certified'}"
-    report = LayerReport(label, chain.conv.rule.kind, found.evidence, seconds, how)
-    by_pattern = {chain.hidden.name: pieces.reshape(chain.hidden.shape)}
-    determined = found.determined.reshape(values[name].shape)
-    if searched.leaves_open:  # a pass may know more of these values, such as that they are not negative
-        return Outcome(by_pattern)
-    known = Known(values, {name: determined}, {name: report})
-    return Outcome(by_pattern, known, "" if found.certified else reason)
+    how = f"{how}, {seconds:.1f} s{'' if evidence.proof == 'pattern' else ', not certified'}"
+    return LayerReport(label, chain.conv.rule.kind, evidence, seconds, how)

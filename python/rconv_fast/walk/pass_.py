@@ -103,7 +103,7 @@ class _Recursion(Tables):
         if stop is None and self.contradiction is None:
             self._fill_constants()
         tables = self.values, self.grads, self.raw, self.determined, self.reports
-        return Pass(*tables, stop, self.contradiction, frozenset(self.open))
+        return Pass(*tables, stop, self.contradiction, frozenset(self.open), self.given.deviations)
 
     def _settle(self, step: Step) -> None:
         """Find the gradient of one step's tensor, and its values where they follow."""

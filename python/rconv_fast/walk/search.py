@@ -172,7 +172,9 @@ CONTRADICTION = 1e-3
 
 
 def only_input_open(graph: Graph, passed: Pass) -> bool:
-    """Everything but the network's input is determined: a forward run of it teaches nothing new."""
+    """Everything but the network's input is determined, or that is a prior's choice: a forward run teaches nothing."""
+    if graph.input in passed.deviations:
+        return True
     if passed.stop is not None:
         return False
     fixed = {name: bool(determined.all()) for name, determined in passed.determined.items()}
