@@ -234,3 +234,20 @@ def corner_unseen() -> tuple[Problem, Tensor]:
     blind = replace(hidden, value=value * known, grad=grad * known, known=known, bound=bound)
     g = blind.tight(blind.choose(o)).g
     return replace(problem, front=replace(front, grad_weight=front.weight_gradient(x, g)), hidden=blind), x
+
+
+def test_a_pattern_that_leaves_values_open_is_certified_once_its_input_meets_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The pattern is right before the input is exact: it is tried again."""
+    torch.manual_seed(0)
+    problem, x = corner_unseen()
+    off = [x + size * torch.randn_like(x) for size in (1e-6, 1e-7, 1e-8)]
+    iterates = iter([*off, *[x] * 80])
+
+    class Given:
+        def next(self, _: Tensor | None) -> Tensor:
+            return next(iterates)
+
+    monkeypatch.setattr("rconv_fast.patterns.alternation.BeliefSteps", lambda _: Given())
+    assert alternate(problem, BELIEFS, Budget()).certified

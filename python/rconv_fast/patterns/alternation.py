@@ -115,7 +115,8 @@ def _alternated(problem: Problem, schedule: Schedule | Believing, budget: Budget
         x = look.x
         history.append(look.last)
         again = tried is not None and torch.equal(look.pattern, tried)
-        if look.worst < max(GATE, problem.tolerance) and not again:
+        exact = certified is None and look.worst <= problem.tolerance  # which may have been all that a pattern lacked
+        if look.worst < max(GATE, problem.tolerance) and (exact or not again):
             certified = _nearer(certify(problem, look.pattern, look.x), certified)
             tried = look.pattern
         settled = certified is not None and (again or certified.misfit <= CLEAR * problem.tolerance)
