@@ -16,7 +16,7 @@ from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.unrolled import UnrolledMap
 from rconv_fast.local_steps import to_middle_weights
 from rconv_fast.losses import Loss
-from rconv_fast.observation import SharedGradients
+from rconv_fast.observation import LocalTraining, SharedGradients
 
 Build = Callable[[], nn.Sequential]
 
@@ -357,6 +357,28 @@ def test_unrolled_steps_are_those_of_torchs_sgd() -> None:
     near, far = held.residual(x - 1e-6 * direction), held.residual(x + 1e-6 * direction)
     for part, a, b in zip(found, near, far, strict=True):
         torch.testing.assert_close(part, (b - a).detach() / 2e-6, atol=1e-6, rtol=1e-5)
+
+
+def test_sides_tied_over_the_steps_are_those_of_the_run_and_move_together() -> None:
+    """At the run's own shares nothing changes, also where an activation changes its side between two steps."""
+    model, x = cnn(nn.ReLU(), filters=(32,)), photo(8, 1)
+    seen = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    training = LocalTraining(0.3, 4)
+    read = GradientMap.read(model, Loss(), some_labels(1), seen, seen, x.shape)
+    whole = UnrolledMap(**vars(read), training=training)
+    inputs = whole.kink_inputs(x)
+    tied = whole.tied(inputs)
+    shares = {name: (z > 0).to(z).mean(0) for name, z in tied.of_each().items()}
+    assert any(bool(((d > 0) & (d < 1)).any()) for d in shares.values())
+    held = tied.held(shares)
+    for name, z in inputs.items():
+        number, _, activation = name.partition(":")
+        assert torch.equal(held.bits[int(number)][activation], (z > 0).to(z))
+    assert all(torch.equal(a, b) for a, b in zip(held.residual(x), whole.residual(x), strict=True))
+    free = {name: d.clone().requires_grad_() for name, d in shares.items()}
+    total = sum(side.sum() for bits in tied.held(free).bits for side in bits.values())
+    for slope in torch.autograd.grad(total, list(free.values())):
+        assert bool((slope == training.steps).all())
 
 
 def test_the_mean_gradient_nearly_belongs_to_the_weights_half_way() -> None:

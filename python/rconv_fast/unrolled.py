@@ -4,7 +4,8 @@ The mean gradient is nearly that of the weights half way: the recursion there, t
 steps at the start's own weights differ from one step half way corrects the mean, and the recursion is run again. Where
 that stays far, the mean is half way's gradient under noise, of which the most likely input is nearer. From the best
 start Gauss-Newton steps through the unrolled training follow; each flipped side of an activation is a jump that no
-derivative shows, so the sides nearest to their kinks are unknowns beside the input, the more the larger the mismatch.
+derivative shows, so the sides nearest to their kinks are unknowns beside the input: relaxed from far away, then settled
+one after the other, those of an activation in all steps together and those of single steps.
 Exact is only what reproduces the whole update.
 """
 
@@ -18,9 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from rconv_fast.estimate import entry_noise, joint_answer
+from rconv_fast.estimate.bits import Doubt, settle
 from rconv_fast.estimate.bounds import DENSE_UP_TO
+from rconv_fast.estimate.fisher import fisher_from_products
+from rconv_fast.estimate.gauss_newton import gauss_newton
 from rconv_fast.estimate.gradient_map import GradientMap
-from rconv_fast.estimate.unrolled import UnrolledMap
+from rconv_fast.estimate.information import Information
+from rconv_fast.estimate.pieces import Bits
+from rconv_fast.estimate.unrolled import TiedMap, UnrolledMap
 from rconv_fast.heads.candidates import HeadCandidate
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.observation import Match
@@ -40,17 +46,17 @@ ROUGHNESS = (1e-12, 1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
 STARTS, GAIN = 3, 0.95
 # A start that misses more is estimated under noise: relative to a gradient, that of the last layer and of the others.
 NEAR, NOISE = 0.01, (0.01, 0.1)
-# Rounds of Gauss-Newton with free sides, so many without a better one, steps in each.
-ROUNDS, PATIENCE, STEPS = 100, 25, 4
-# The share of the sides that is free: so many times the relative mismatch, within these bounds. At 40 dB wrong sides
-# were among the nearest fiftieth, not all among the nearest hundredth.
-SHARE, LEAST, MOST = 1.5, 0.03, 0.3
+# Rounds, so many without a better one; most Gauss-Newton steps in one.
+ROUNDS, PATIENCE, STEPS = 60, 15, 4
+# The share of the activations whose sides are relaxed: so many times the relative mismatch, at most this. Below the
+# last mismatch, sides are settled.
+SHARE, MOST, RELAXED = 1.5, 0.3, 0.05
+# Shares of the activations whose sides are settled, tied over the steps; then of the sides of single steps.
+TIED, SINGLE = (0.01, 0.05, 0.2), (0.002, 0.01)
 # Relaxed sides that miss no more than this are tried as they are when rounded, too: they tell those that x does not.
 ROUNDED = 0.05
-# Iterations and ridge of a step.
-ITERATIONS, RIDGE = 250, 1e-6
-# Relative mismatch below which no side is wrong any more; and what ends a step's iterations beside its mismatch.
-SETTLED, FALL = 1e-7, 1e-2
+# Iterations and ridge of a step with relaxed sides; and what ends its iterations beside its mismatch.
+ITERATIONS, RIDGE, FALL = 250, 1e-6, 1e-2
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,18 @@ class _Problem:
     report: Callable[[Event], None]
     whole: UnrolledMap
 
+    @property
+    def bar(self) -> float:
+        """The mismatch that the arithmetic explains."""
+        return match_bar(self.request.observation.precision)
+
     def mismatch(self, x: Tensor) -> float:
         """Of the unrolled steps, in root mean squares of each gradient; infinite where they diverge."""
-        found = size_of(self.whole.residual(x))
+        return self.relative(self.whole, x)
+
+    def relative(self, steps: UnrolledMap, x: Tensor) -> float:
+        """Of steps with sides that are held."""
+        found = self.request.observation.rounding * size_of(steps.residual(x))
         return found if math.isfinite(found) else math.inf
 
 
@@ -118,7 +133,7 @@ def answer_of_steps(
     """
     observation, training = request.observation, request.gradients.training
     assert training is not None
-    sizes = {name: g.square().mean().sqrt() for name, g in observation.gradients.items()}
+    sizes = {name: observation.rounding * g.square().mean().sqrt() for name, g in observation.gradients.items()}
     sigma = {name: torch.where(size > 0, size, math.inf) for name, size in sizes.items()}
     shape = torch.Size((1, *request.shape))
     read = GradientMap.read(before, observation.loss, head.labels, observation.gradients, sigma, shape)
@@ -130,7 +145,7 @@ def answer_of_steps(
         return Answer(head, single, found, None, good=False)
     x = _refined(problem, start)
     match = _match(problem, x)
-    good = match.relative <= match_bar(observation.precision)
+    good = match.relative <= problem.bar
     shown = found.with_value(single.input, x)
     proof = _proof(problem, head, x) if good else None
     if proof is None:
@@ -211,33 +226,39 @@ def _correction(problem: _Problem, head: HeadCandidate, x: Tensor) -> dict[str, 
 
 def _refined(problem: _Problem, x: Tensor) -> Tensor:
     """Gauss-Newton through the steps with the sides nearest to their kinks free; the best input on the way."""
-    budget, bar = problem.request.budget, match_bar(problem.request.observation.precision)
+    budget = problem.request.budget
     best, least = x, problem.mismatch(x)
     size, better = least, 0  # of the last round, and the round that was best
     for number in range(ROUNDS):
-        if least <= bar / 30 or budget.spent or number - better > PATIENCE:
+        if least <= problem.bar / 30 or budget.spent or number - better > PATIENCE:
             break
         last = size
-        x = _round(problem, x, 0.0 if size < SETTLED else min(max(SHARE * size, LEAST), MOST))
+        x = _round(problem, x, size)
         size = problem.mismatch(x)
         problem.report(Event("input", "several steps", number, None, size))
-        if not math.isfinite(size) or (size < SETTLED and size > 0.3 * last):
+        if not math.isfinite(size) or size == last:
             break
         if size < least:
             best, least, better = x, size, number
     return best
 
 
-def _round(problem: _Problem, x: Tensor, share: float) -> Tensor:
+def _round(problem: _Problem, x: Tensor, size: float) -> Tensor:
+    """From far away a few steps with relaxed sides; nearer all sides held, after those in doubt are settled."""
+    inputs = problem.whole.kink_inputs(x)
+    if not inputs:
+        return polish(problem.whole, x, 0.0, problem.request.budget)
+    near = size < RELAXED and x.numel() <= DENSE_UP_TO
+    return _settled(problem, x, inputs) if near else _relaxed(problem, x, inputs, min(SHARE * size, MOST))
+
+
+def _relaxed(problem: _Problem, x: Tensor, inputs: Bits, share: float) -> Tensor:
     """A few steps with one choice of free sides, which stay relaxed from one to the next."""
     whole = problem.whole
-    inputs = whole.kink_inputs(x)
-    if not inputs:
-        return polish(whole, x, 0.0, problem.request.budget)
     bits, doubt = sides(inputs), nearest(inputs, share)
     last = math.inf
     for _ in range(STEPS):
-        size = size_of(whole.held(bits).residual(x))
+        size = problem.relative(whole.held(bits), x)
         if problem.request.budget.spent or not size < 0.5 * last:
             break
         last = size
@@ -249,6 +270,37 @@ def _round(problem: _Problem, x: Tensor, share: float) -> Tensor:
         return x
     rounded = whole.held({name: sides_of(d) for name, d in bits.items()})
     return min(x, x + gauss_newton_step(rounded.at(x), ITERATIONS), key=problem.mismatch)
+
+
+def _settled(problem: _Problem, x: Tensor, inputs: Bits) -> Tensor:
+    """The input that fits the best of several choices of sides in doubt, settled by the information there."""
+    whole, tied, budget = problem.whole, problem.whole.tied(inputs), problem.request.budget
+    information = Information.create(fisher_from_products(whole.held(sides(inputs)), x), x.shape)
+    best, least, kept, steps = x, math.inf, whole, whole.training.steps
+    choices: list[tuple[UnrolledMap, Bits, Doubt, int]] = [
+        *((tied, _shares(tied), _nearest(tied, share), steps) for share in TIED),
+        *((whole, sides(inputs), nearest(inputs, share), 1) for share in SINGLE),
+    ]
+    for of_bits, bits, doubt, levels in choices:
+        if budget.spent:
+            break
+        moved, settled = settle(of_bits.held(bits), x, bits, doubt, information, levels=levels)
+        held = of_bits.held(settled)
+        found = gauss_newton(held, moved, information.solve, budget=budget, most=1).x
+        size = problem.relative(held, found)
+        if size < least:
+            best, least, kept = found, size, held
+    return gauss_newton(kept, best, information.solve, budget=budget, most=STEPS).x
+
+
+def _shares(tied: TiedMap) -> dict[str, Tensor]:
+    """Of the steps in which each activation is on its right side, on the run."""
+    return {name: (z > 0).to(z).mean(0) for name, z in tied.of_each().items()}
+
+
+def _nearest(tied: TiedMap, share: float) -> Doubt:
+    """The activations that are nearest to their kink in one of the steps."""
+    return nearest({name: z.abs().amin(0) for name, z in tied.of_each().items()}, share)
 
 
 def _match(problem: _Problem, x: Tensor) -> Match:

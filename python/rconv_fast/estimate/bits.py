@@ -11,6 +11,7 @@ and r are taken without their part along ``t = dr/dlog c``, in F too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts, dot, pushed
 from rconv_fast.estimate.information import Information
-from rconv_fast.estimate.pieces import Bits, hold, kinked_steps
+from rconv_fast.estimate.pieces import Bits, kinked_steps
 
 # Bits whose probability is nearer to 0 and 1 than this are settled; of the others the most doubtful so many are freed.
 SETTLED, MOST = 1e-4, 300
@@ -88,13 +89,22 @@ def find_doubt(inputs: Bits, deviations: Bits, bits: Bits, inflate: float) -> Do
 
 
 def settle(
-    problem: GradientMap, x: Tensor, bits: Bits, doubt: Doubt, information: Information, *, free_scale: bool = False
+    problem: GradientMap,
+    x: Tensor,
+    bits: Bits,
+    doubt: Doubt,
+    information: Information,
+    *,
+    free_scale: bool = False,
+    levels: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The bits in doubt set to their most likely values, and x moved along; F is without the scale if that is free."""
-    assert problem.graph is not None
+    """The bits in doubt set to their most likely values, and x moved along; F is without the scale if that is free.
+
+    The values are multiples of ``1 / levels``.
+    """
     start = _flat(bits)[doubt.places].to(x)
     free = {name: d.requires_grad_() for name, d in doubt.put(bits, start).items()}
-    at = Linearisation(problem.with_pieces(hold(problem.graph, free)), x, list(free.values()))
+    at = Linearisation(problem.held(free), x, list(free.values()))
     across, among = _second_derivatives(at, x, free, doubt)
     slope_x, slope = _gradient(at, at.residual, doubt)
     if free_scale:
@@ -106,10 +116,10 @@ def settle(
     pulled = information.inverse @ across.mT
     quadratic = among - across @ pulled
     offset = across @ information.solve(slope_x).flatten() - slope
-    t = _round(quadratic, offset, start, doubt.probability)
+    t = _round(quadratic, offset, start, doubt.probability, levels)
     moved = x - information.solve(slope_x) - (pulled @ (t - start)).reshape(x.shape)
     settled = doubt.put(bits, t)
-    held = problem.with_pieces(hold(problem.graph, settled))
+    held = problem.held(settled)
     return (moved if held.chi2(moved) < held.chi2(x) else x), settled
 
 
@@ -134,10 +144,10 @@ def _second_derivatives(at: Linearisation, x: Tensor, free: Bits, doubt: Doubt) 
     return torch.cat(across), (square + square.mT) / 2
 
 
-def _round(quadratic: Tensor, offset: Tensor, start: Tensor, probability: Tensor) -> Tensor:
-    """Bits that make ``(t - start)^T S (t - start) / 2 - b^T (t - start)`` and their prior small together.
+def _round(quadratic: Tensor, offset: Tensor, start: Tensor, probability: Tensor, levels: int) -> Tensor:
+    """Multiples of ``1 / levels`` with a small ``(t - start)^T S (t - start) / 2 - b^T (t - start)`` and prior.
 
-    Relaxed with a Gaussian prior, the half nearest to 0 or 1 fixed, solved again; at the end single flips with the
+    Relaxed with a Gaussian prior, the half nearest to such values fixed, solved again; at the end single moves with the
     prior of the bits themselves.
     """
     mean, precision = probability / 2 + 0.25, 1 / (probability * (1 - probability)).clamp_min(LEAST_VARIANCE)
@@ -147,24 +157,27 @@ def _round(quadratic: Tensor, offset: Tensor, start: Tensor, probability: Tensor
     while bool(is_free.any()):
         fixed, f = ~is_free, is_free.nonzero().flatten()
         relaxed = torch.linalg.solve(a[f][:, f], b[f] - a[f][:, fixed] @ t[fixed])
-        distance = (relaxed - (relaxed > 0.5).to(relaxed)).abs()
-        chosen = distance <= max(NEAR, float(distance.median()))
-        t[f[chosen]] = (relaxed[chosen] > 0.5).to(t)
+        rounded = ((relaxed * levels).round() / levels).clamp(0, 1)
+        distance = (relaxed - rounded).abs()
+        chosen = distance <= max(NEAR / levels, float(distance.median()))
+        t[f[chosen]] = rounded[chosen]
         is_free[f[chosen]] = False
-    return _flip(quadratic, offset, start, t, probability)
+    return _flip(quadratic, offset, start, t, probability, levels)
 
 
-def _flip(quadratic: Tensor, offset: Tensor, start: Tensor, t: Tensor, probability: Tensor) -> Tensor:
-    """Single flips while one lowers chi^2 - 2 log prior."""
+def _flip(quadratic: Tensor, offset: Tensor, start: Tensor, t: Tensor, probability: Tensor, levels: int) -> Tensor:
+    """Single moves by ``1 / levels`` while one lowers chi^2 - 2 log prior."""
     p = probability.clamp(1e-6, 1 - 1e-6)
     gain = 2 * (torch.log(p) - torch.log1p(-p))
+    moves = torch.tensor([[1.0], [-1.0]]).to(t) / levels
     for _ in range(4 * len(t)):
-        sign = 1 - 2 * t
-        change = 2 * (quadratic @ (t - start) - offset) * sign + quadratic.diagonal() - sign * gain
-        best = int(change.argmin())
+        slope = 2 * (quadratic @ (t - start) - offset) - gain
+        change = slope * moves + quadratic.diagonal() * moves.square()
+        outside = (t + moves < -0.5 / levels) | (t + moves > 1 + 0.5 / levels)
+        best = divmod(int(change.masked_fill(outside, math.inf).argmin()), len(t))
         if not float(change[best]) < 0:
             break
-        t[best] = 1 - t[best]
+        t[best[1]] += moves[best[0], 0]
     return t
 
 

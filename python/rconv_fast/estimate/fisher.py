@@ -50,7 +50,7 @@ PIECEWISE_LINEAR = (ConvRule, AffineRule, SumRule, AverageRule, RearrangeRule, M
 def dense_fisher(problem: GradientMap, x: Tensor) -> Tensor:
     """``F`` (n, n) at x, n all values of x: by the structure where every layer has it, else by products with J."""
     structure = _structure(problem)
-    return _from_products(problem, x) if structure is None else _from_structure(problem, structure, x)
+    return fisher_from_products(problem, x) if structure is None else _from_structure(problem, structure, x)
 
 
 def has_structure(problem: GradientMap) -> bool:
@@ -61,7 +61,7 @@ def has_structure(problem: GradientMap) -> bool:
 # --- From products with J ---------------------------------------------------------------------------------
 
 
-def _from_products(problem: GradientMap, x: Tensor) -> Tensor:
+def fisher_from_products(problem: GradientMap, x: Tensor) -> Tensor:
     """``J^T J e`` of all units e: J's own columns would take as long, and their products several times that."""
     at = problem.at(x)
     units = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape).split(TOGETHER)

@@ -63,6 +63,10 @@ class UnrolledMap(GradientMap):
             f"{t}:{name}": values[source].detach() for t, values in enumerate(runs) for name, source in sources.items()
         }
 
+    def tied(self, inputs: Mapping[str, Tensor]) -> TiedMap:
+        """The same with the sides of each activation tied over the steps, about a run with these inputs of theirs."""
+        return TiedMap(**vars(self), inputs=inputs)
+
     def gradients(self, x: Tensor) -> Parts:
         """The mean gradient, one part a seen parameter; differentiable if x is."""
         kept, total = step_coefficients(self.training)
@@ -99,3 +103,35 @@ class UnrolledMap(GradientMap):
                 weights = [w.detach().requires_grad_() for w in weights]
                 velocity = [v.detach() for v in velocity]
         return weights
+
+
+@dataclass(frozen=True)
+class TiedMap(UnrolledMap):
+    """The steps' weights are so near one another that a side moves the mean gradient nearly alike in each of them.
+
+    So an activation has one unknown: the share d of the steps in which it is on its right side, those where its input
+    is the largest: ``clip(E d - rank)`` in each, which moves with d as if it moved in all.
+
+    Attributes
+    ----------
+    inputs : mapping of str to Tensor
+        Of each kinked activation in each step, as `kink_inputs` names them.
+    """
+
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def of_each(self) -> dict[str, Tensor]:
+        """The inputs of each activation in all steps, (steps, *shape)."""
+        names = dict.fromkeys(name.partition(":")[2] for name in self.inputs)
+        return {name: torch.stack([self.inputs[f"{t}:{name}"] for t in range(self.training.steps)]) for name in names}
+
+    def held(self, bits: Mapping[str, Tensor]) -> UnrolledMap:
+        """The steps with these shares."""
+        sides: dict[str, Tensor] = {}
+        for name, z in self.of_each().items():
+            d = bits[name]
+            clipped = d.detach().clamp(0, 1)
+            rank = z.argsort(0, descending=True).argsort(0)
+            of_steps = (len(z) * clipped - rank).clamp(0, 1) + (d - clipped)
+            sides |= {f"{t}:{name}": side for t, side in enumerate(of_steps)}
+        return super().held(sides)
