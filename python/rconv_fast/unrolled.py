@@ -50,7 +50,7 @@ NEAR, NOISE = 0.01, (0.01, 0.1)
 ROUNDS, PATIENCE, STEPS = 60, 15, 4
 # The share of the activations whose sides are relaxed: so many times the relative mismatch, at most this. Below the
 # last mismatch, sides are settled.
-SHARE, MOST, RELAXED = 1.5, 0.3, 0.05
+SHARE, MOST, RELAXED = 1.5, 0.3, 0.03
 # Shares of the activations whose sides are settled, tied over the steps; then of the sides of single steps.
 TIED, SINGLE = (0.01, 0.05, 0.2), (0.002, 0.01)
 # Relaxed sides that miss no more than this are tried as they are when rounded, too: they tell those that x does not.
