@@ -213,6 +213,9 @@ def test_a_right_pattern_that_leaves_values_open_is_certified_by_an_input_that_m
     assert fit is not None
     assert fit.certified
     assert not bool(fit.determined.all())
+    near = certify(problem, pattern, x + 1e-6 * fit.determined * torch.randn_like(x))
+    assert near is not None
+    assert near.misfit < problem.tolerance
     wrong = pattern.clone()
     wrong[0, 0, -1] = (wrong[0, 0, -1] + 1) % 4
     assert certify(problem, wrong, x) is None

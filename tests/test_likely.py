@@ -7,15 +7,20 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attacks import gradients_of, photo
 from pooled_layers import pooled_layer
 from rconv_fast import Inversion, invert, psnr
 from rconv_fast.budget import Budget
+from rconv_fast.patterns.alternation import Guided, alternate
 from rconv_fast.patterns.likely import likely_picture
+from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.moments import Moments, Site
-from rconv_fast.patterns.roughness import COLOUR, GREY, Roughness
-from rconv_fast.walk.found import Known
+from rconv_fast.patterns.roughness import COLOUR, GREY, Roughness, random_pictures
+from rconv_fast.walk.chain import read_chain, read_problem
+from rconv_fast.walk.found import Known, Options, Pass
+from rconv_fast.walk.reader import build_graph
 
 
 def attacked(model: nn.Module, x: Tensor, prior: str | None) -> Inversion:
@@ -107,7 +112,7 @@ def test_a_site_makes_of_a_gaussian_what_was_seen() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 1, 7), (1, 2, 3, 3, 3)], ids=str)
 def test_roughness_is_a_sum_over_neighbours(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    rough, x = Roughness(torch.Size(shape)), torch.randn(shape, dtype=torch.float64)
+    rough, x = Roughness.of_pictures(torch.Size(shape)), torch.randn(shape, dtype=torch.float64)
     expected = 0.0
     for axis in range(2, len(shape)):
         d = x.diff(dim=axis)
@@ -119,7 +124,7 @@ def test_roughness_is_a_sum_over_neighbours(shape: tuple[int, ...]) -> None:
 
 
 def test_neighbours_at_an_edge_hold_each_other_less() -> None:
-    rough = Roughness(torch.Size((1, 3, 1, 3)))
+    rough = Roughness.of_pictures(torch.Size((1, 3, 1, 3)))
     x = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(1, 3, 1, 3)
     w = rough.weights(x, torch.zeros(4, 1, 3, 1, 3, dtype=torch.float64))
     assert float(w.min()) == pytest.approx(GREY * math.sqrt(3))
@@ -129,3 +134,55 @@ def test_neighbours_at_an_edge_hold_each_other_less() -> None:
 def test_what_was_open_stays_open_when_more_is_known() -> None:
     both = Known(open=frozenset({"a"})).and_also(Known(open=frozenset({"b"})))
     assert both.open == {"a", "b"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_features_are_found_by_what_those_of_random_pictures_are_like(seed: int) -> None:
+    """Ten filters of 5x5 on six channels: beliefs alone find three of the four, and two of these with eight filters."""
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(3, 6, 5, padding=2, dtype=torch.float64)
+
+    def features(x: Tensor) -> Tensor:
+        return F.max_pool2d(conv(x).relu(), 2).detach()
+
+    x = features(photo(24))
+    samples = features(random_pictures(torch.Size((64, 3, 24, 24)), torch.Generator().manual_seed(0)))
+    problem = pooled_layer(x, 10, image=False).problem
+    found = alternate(problem, Guided(Roughness.of_features(x.shape, samples)), Budget())
+    assert found.certified
+    assert found.fit is not None
+    assert torch.allclose(found.fit.x, x, atol=1e-9)
+
+
+def test_a_maximum_that_is_open_bounds_nothing() -> None:
+    """Values that no active window of the layer behind sees are open, and what is made up for them is not believed."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)).double()
+    graph = build_graph(model, {}, (1, 6, 6), 1)
+    name = next(step.name for step in graph.steps.values() if step.rule.hidden)
+    value, grad = torch.rand(1, 4, 2, 2, dtype=torch.float64) + 0.1, torch.rand(1, 4, 2, 2, dtype=torch.float64)
+    determined = torch.ones(1, 4, 2, 2, dtype=torch.bool)
+    determined[0, 0, 0, 0] = False
+    grad[0, 0, 0, 0] = 0
+    (model(torch.rand(1, 1, 6, 6, dtype=torch.float64)).sum()).backward()
+    graph = build_graph(model, {k: p.grad for k, p in model.named_parameters()}, (1, 6, 6), 1)
+    chain = read_chain(graph, name)
+    assert chain is not None
+    problem = read_problem(
+        graph, Pass({name: value}, {name: grad}, determined={name: determined}), chain, Options(1e-15)
+    )
+    assert problem is not None
+    hidden = problem.hidden
+    assert isinstance(hidden, Maxima)
+    assert not bool(hidden.known[0, 0, 0])
+    assert float(hidden.bound[0, 0, 0]) == math.inf
+    assert int(hidden.known.sum()) == 15
+
+
+def test_random_pictures_are_as_rough_as_pictures() -> None:
+    x = random_pictures(torch.Size((200, 3, 16, 16)), torch.Generator().manual_seed(0))
+    d = x.diff(dim=3)
+    grey = d.mean(1, keepdim=True)
+    inside = ((x > 0) & (x < 1)).all(1, keepdim=True)
+    inside = inside[..., 1:] & inside[..., :-1]
+    assert float(grey[inside].square().mean().sqrt()) == pytest.approx(GREY / math.sqrt(2), rel=0.15)
+    assert float((d - grey).square().sum(1, keepdim=True)[inside].mean().sqrt()) == pytest.approx(COLOUR, rel=0.15)

@@ -16,8 +16,10 @@ from rconv_fast.budget import Budget
 from rconv_fast.errors import LinAlgError
 from rconv_fast.patterns.beliefs import Estimate, updated
 from rconv_fast.patterns.certificate import Fit, certify, misfit_of, unproven
+from rconv_fast.patterns.likely import Expected
 from rconv_fast.patterns.problem import Problem
 from rconv_fast.patterns.robust import SHARP, RobustSteps, Schedule
+from rconv_fast.patterns.roughness import Roughness
 
 # Misfit from which the pattern is worth a tight solve.
 GATE = 1e-3
@@ -97,13 +99,56 @@ class Believing:
 BELIEFS = Believing()
 
 
-def alternate(problem: Problem, schedule: Schedule | Believing, budget: Budget) -> Attempt:
+@dataclass
+class GuidedSteps:
+    """The inputs to be expected, one from the other, after a relaxed start."""
+
+    problem: Problem
+    roughness: Roughness
+    known: Expected | None = None
+
+    def next(self, x: Tensor | None) -> Tensor:
+        """The input of the next estimate; the same where the equations are too singular for one."""
+        if x is None:
+            return RobustSteps.create(self.problem, SHARP).next(None)
+        with suppress(LinAlgError):
+            self.known = (self.known or Expected.of_start(self.problem, self.roughness, x)).next()
+        return x if self.known is None else self.known.known.x.mean.clamp(self.problem.front.low)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A search by beliefs and by how alike neighbours are.
+
+    Attributes
+    ----------
+    roughness : Roughness
+        Of the input.
+    name : str
+        For the report.
+    patience, iterations : int
+        Iterations that gain nothing, and at all, at most.
+    """
+
+    roughness: Roughness
+    name: str = "beliefs with a prior"
+    patience: int = 16
+    iterations: int = 40
+
+    def steps(self, problem: Problem, _: Tensor | None) -> Steps:
+        """From a relaxed start, or from any other."""
+        return GuidedSteps(problem, self.roughness)
+
+
+def alternate(problem: Problem, schedule: Schedule | Believing | Guided, budget: Budget) -> Attempt:
     """Search from a relaxed start until a pattern is certified or nothing is gained."""
     fit, iterations = _alternated(problem, schedule, budget, None)
     return Attempt(fit, f"{iterations} iterations")
 
 
-def _alternated(problem: Problem, schedule: Schedule | Believing, budget: Budget, x: Tensor | None) -> tuple[Fit, int]:
+def _alternated(
+    problem: Problem, schedule: Schedule | Believing | Guided, budget: Budget, x: Tensor | None
+) -> tuple[Fit, int]:
     """Where it ends, and the iterations it takes."""
     steps, history = schedule.steps(problem, x), list[float]()
     tried: Tensor | None = None

@@ -35,7 +35,7 @@ from torch import Tensor
 from rconv_fast.patterns.information import Equations
 from rconv_fast.patterns.least_squares import patches
 from rconv_fast.patterns.maxima import Maxima
-from rconv_fast.patterns.moments import Site
+from rconv_fast.patterns.moments import Moments, Site
 from rconv_fast.patterns.problem import Convolution, Problem, Reading
 
 # Unknowns of which the information matrix is formed, and multiplications of a round, at most.
@@ -239,15 +239,24 @@ def _value_weights(maxima: Maxima, o: Marginal, p: Tensor, eps: float) -> Tensor
 
 
 def _zero_weights(x: Marginal, eps: float) -> Tensor:
-    """The weight of ``x = 0``, for values behind a ReLU: half of them zero, half normal and positive beforehand."""
+    """The weight of ``x = 0``, for values behind a ReLU."""
     x = x.without_own(0.0)
+    p, _ = zero_or_positive(x)
+    return torch.where(p > UNLIKELY, 1 / _left_open(p, x.deviation, eps), 0.0)
+
+
+def zero_or_positive(x: Marginal) -> tuple[Tensor, Moments]:
+    """The chance that a value is 0, and its Gaussian, to be cut at 0, where it is positive.
+
+    Half of the values are zero, half normal and positive beforehand.
+    """
     size = x.mean.square().mean().sqrt()
     spread = (size**2 + x.deviation.square()).sqrt()
     zero = torch.exp(-(x.mean / x.deviation).square() / 2) / x.deviation
     positive = torch.special.ndtr(x.mean * size / (x.deviation * spread))
     positive = 2 / spread * torch.exp(-(x.mean / spread).square() / 2) * positive
-    p = zero / (zero + positive)
-    return torch.where(p > UNLIKELY, 1 / _left_open(p, x.deviation, eps), 0.0)
+    share = (size / spread).square()
+    return zero / (zero + positive), Moments(share * x.mean, share * x.deviation.square())
 
 
 def _left_open(p: Tensor, deviation: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rconv_fast.patterns.problem import Problem
-from rconv_fast.solve import Evidence, solve
+from rconv_fast.solve import Evidence, Solution, System, solve
+from rconv_fast.solve.dense import PseudoInverse
 
 # A wrong pattern is certified with at most this chance.
 CHANCE = 1e-8
@@ -35,19 +36,26 @@ def certify(problem: Problem, pattern: Tensor, x: Tensor) -> Fit | None:
     """Solve all equations under a pattern found at x, every one counting the same; None where something contradicts it.
 
     No more equations than unknowns would leave nothing to contradict; a wrong pattern meets m more to a relative
-    eps with a chance of about eps^m. Where they leave values open under the right pattern, x itself must meet them.
+    eps with a chance of about eps^m. Where they leave values open under the right pattern, the nearest input to x that
+    meets them must give the pattern back.
     """
     system = problem.system(problem.hidden.tight(pattern), x)
     if not _telling(system.count - system.unknowns, problem):
         return None
     solution = solve(system)
     open_ends = not bool(solution.determined.all())
-    found = x if open_ends else solution.x
+    found = _nearest(system, solution, x) if open_ends else solution.x
     misfit = misfit_of(problem, found)
-    of_another = open_ends and not torch.equal(problem.hidden.choose(problem.front.output(x)), pattern)
+    of_another = open_ends and not torch.equal(problem.hidden.choose(problem.front.output(found)), pattern)
     if misfit > problem.tolerance or of_another:
         return None
     return Fit(found, pattern, misfit, replace(solution.evidence, proof="pattern"), solution.determined)
+
+
+def _nearest(system: System, solution: Solution, x: Tensor) -> Tensor:
+    """Of all solutions the one nearest to x."""
+    null = (solution.inverse or PseudoInverse.create(system)).null
+    return solution.x + (null @ (null.mT @ (x - solution.x).reshape(-1, 1))).reshape(x.shape)
 
 
 def _telling(spare: int, problem: Problem) -> bool:

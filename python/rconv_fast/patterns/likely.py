@@ -17,17 +17,19 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.patterns.beliefs import (
     INFLATION,
+    SURE,
     UNLIKELY,
     Estimate,
     Marginal,
     error_of_values,
     position_and_gradient_belief,
     precision_of,
+    zero_or_positive,
 )
 from rconv_fast.patterns.information import Equations
 from rconv_fast.patterns.maxima import Maxima
 from rconv_fast.patterns.moments import Moments, Site
-from rconv_fast.patterns.problem import Problem, Reading
+from rconv_fast.patterns.problem import Front, Problem, Reading
 from rconv_fast.patterns.robust import SHARP, RobustSteps
 from rconv_fast.patterns.roughness import Roughness
 
@@ -51,7 +53,7 @@ class Likely:
 def likely_picture(problem: Problem, budget: Budget) -> Likely:
     """The mean of the pictures that fit, from a relaxed start."""
     start = RobustSteps.create(problem, SHARP).next(None)
-    state, rounds = _State.of_start(problem, Roughness(start.shape), start), 0
+    state, rounds = Expected.of_start(problem, Roughness.of_pictures(start.shape), start), 0
     while rounds < ROUNDS and not (rounds and budget.spent):
         state, rounds = state.next(), rounds + 1
     x = state.known.x
@@ -59,8 +61,8 @@ def likely_picture(problem: Problem, budget: Budget) -> Likely:
 
 
 @dataclass(frozen=True)
-class _State:
-    """An estimate, what the windows say of the outputs and the range of the picture, and how alike neighbours are."""
+class Expected:
+    """An estimate, what the windows say of the outputs and its range of the input, and how alike neighbours are."""
 
     problem: Problem
     roughness: Roughness
@@ -70,10 +72,11 @@ class _State:
     alike: Tensor
 
     @classmethod
-    def of_start(cls, problem: Problem, roughness: Roughness, x: Tensor) -> _State:
+    def of_start(cls, problem: Problem, roughness: Roughness, x: Tensor) -> Expected:
+        """From a relaxed start x."""
         return cls(problem, roughness, Estimate.of_start(problem, x), None, None, roughness.even().to(x))
 
-    def next(self) -> _State:
+    def next(self) -> Expected:
         """The estimate from all equations, weighed by the beliefs that follow from the last one."""
         convolution, maxima, known = self.problem.front.last, self.problem.hidden, self.known
         assert isinstance(maxima, Maxima)
@@ -82,7 +85,7 @@ class _State:
         belief = position_and_gradient_belief(convolution, maxima, known, cavity)
         windows = self._half(_said_by_windows(maxima, cavity, belief, error), self.windows)
         x = known.x if self.range is None else known.x.without_own(self.range.target)
-        range_ = self._half(_said_by_range(x), self.range)
+        range_ = self._half(_said_by_range(x, self.problem.front, SURE * known.size), self.range)
         reading = Reading(maxima.gradient(belief), windows.target, windows.weight)
         precision = precision_of(convolution, maxima, known, belief, reading.g, error)
         solved = Equations(convolution, reading, range_, precision, self.roughness.prior(self.alike)).solved()
@@ -107,7 +110,12 @@ def _said_by_windows(maxima: Maxima, o: Marginal, belief: Tensor, error: float) 
     return before.below(maxima.limit).or_at(maxima.target, p).site(before, error)
 
 
-def _said_by_range(x: Marginal) -> Site:
-    """No value is outside of the range of a picture."""
+def _said_by_range(x: Marginal, front: Front, error: float) -> Site:
+    """No value is outside of its range; behind a ReLU many are zero."""
     before = Moments(x.mean, x.deviation.square())
-    return before.below(HIGH).above(LOW).site(before)
+    if front.image:
+        return before.below(HIGH).above(LOW).site(before)
+    if front.low != 0:
+        return before.below(front.high).above(front.low).site(before)
+    p, positive = zero_or_positive(x)
+    return positive.above(0.0).or_at(torch.zeros_like(p), p).site(before, error)

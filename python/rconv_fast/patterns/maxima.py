@@ -57,7 +57,13 @@ class Maxima:
 
     @classmethod
     def create(
-        cls, windows: Windows, value: Tensor, grad: Tensor, known: Tensor, floor: float = 0.0, equal: float = EQUAL
+        cls,
+        windows: Windows,
+        value: Tensor,
+        grad: Tensor,
+        known: Tensor,
+        floor: float | Tensor = 0.0,
+        equal: float = EQUAL,
     ) -> Maxima:
         """`floor` bounds the windows whose maximum is not known: 0 for a ReLU."""
         bound = torch.where(known, value, floor)

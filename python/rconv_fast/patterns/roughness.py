@@ -22,13 +22,41 @@ from rconv_fast.patterns.information import Prior
 GREY, COLOUR = 0.1, 0.05
 # Least expected q: no two neighbours are taken to be more alike than a tenth of that.
 LEAST = 1e-2
+# Variance, in units of the mean, by which no combination of channels is alike in samples.
+UNKNOWN = 1e-2
 
 
 @dataclass(frozen=True)
 class Roughness:
-    r"""Of pictures of one shape, (B, C, \*in)."""
+    r"""Of pictures or features of one shape.
+
+    Attributes
+    ----------
+    shape : torch.Size
+        (B, C, \*in).
+    colours : Tensor, (C, C)
+        The quadratic form C q of one difference.
+    """
 
     shape: torch.Size
+    colours: Tensor
+
+    @classmethod
+    def of_pictures(cls, shape: torch.Size) -> Roughness:
+        """As above."""
+        channels = shape[1]
+        mean = torch.full((channels, channels), 1 / channels, dtype=torch.float64)
+        grey, colour = mean / channels, torch.eye(channels, dtype=torch.float64) - mean
+        return cls(shape, grey / GREY**2 + colour / COLOUR**2)
+
+    @classmethod
+    def of_features(cls, shape: torch.Size, samples: Tensor) -> Roughness:
+        r"""As alike as the neighbours in samples (M, C, \*in) are, channels together."""
+        axes = range(2, samples.ndim)
+        d = torch.cat([samples.diff(dim=axis).transpose(0, 1).flatten(1) for axis in axes], dim=1)
+        covariance = d @ d.mT / d.shape[1]
+        covariance.diagonal().add_(UNKNOWN * covariance.diagonal().mean())
+        return cls(shape, torch.linalg.inv(covariance).contiguous())
 
     @cached_property
     def pairs(self) -> tuple[Tensor, Tensor]:
@@ -38,13 +66,6 @@ class Roughness:
         first = [places.narrow(axis, 0, n - 1).flatten() for axis, n in axes]
         second = [places.narrow(axis, 1, n - 1).flatten() for axis, n in axes]
         return torch.cat(first), torch.cat(second)
-
-    @cached_property
-    def colours(self) -> Tensor:
-        """The quadratic form C q of one difference, (C, C)."""
-        channels = self.shape[1]
-        mean = torch.full((channels, channels), 1 / channels, dtype=torch.float64)
-        return mean / channels / GREY**2 + (torch.eye(channels, dtype=torch.float64) - mean) / COLOUR**2
 
     def even(self) -> Tensor:
         """The weights of a picture of which nothing is known, (B, E)."""
@@ -72,3 +93,25 @@ class Roughness:
                 plane.index_put_((i, j), sign * weight, accumulate=True)
             blocks.append(torch.kron(self.colours.to(w), plane))
         return Prior(torch.block_diag(*blocks), self.shape.numel() - self.shape[:2].numel())
+
+
+def random_pictures(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    r"""Pictures (M, C, \*in) whose neighbours are as alike as `Roughness.of_pictures` says, on a torus.
+
+    Each frequency k has the variance ``1 / sum_a (2 - 2 cos k_a)`` of the differences' size.
+    """
+    size = shape[2:]
+    stiffness = torch.zeros(size, dtype=torch.float64)
+    for axis, n in enumerate(size):
+        k = 2 * torch.pi * torch.arange(n, dtype=torch.float64) / n
+        stiffness += (2 - 2 * torch.cos(k)).view(-1, *(1,) * (len(size) - 1 - axis))
+    stiffness.view(-1)[0] = torch.inf
+    axes = tuple(range(2, len(shape)))
+    grey, colour = (
+        torch.randn(each, generator=generator, dtype=torch.float64) for each in ((shape[0], 1, *size), shape)
+    )
+    white = GREY * grey + COLOUR * (colour - colour.mean(1, keepdim=True))
+    rough = torch.fft.ifftn(torch.fft.fftn(white, dim=axes) / stiffness.sqrt(), dim=axes).real
+    level = torch.rand(shape[:1], generator=generator, dtype=torch.float64).view(-1, *(1,) * (len(shape) - 1))
+    pictures: Tensor = (rough + level).clamp(0, 1)
+    return pictures

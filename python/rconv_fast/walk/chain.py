@@ -116,7 +116,8 @@ def read_problem(graph: Graph, passed: Pass, chain: Chain, options: Options) -> 
     hidden: Hidden | None = None
     match chain.hidden.rule:
         case MaxPoolRule():
-            hidden = _maxima(graph, chain, rest, behind, grad, tolerance, options)
+            determined = passed.determined.get(chain.hidden.name, torch.ones_like(grad, dtype=torch.bool))
+            hidden = _maxima(graph, chain, rest, behind, determined, grad, tolerance, options)
         case ValleyRule() if not rest and behind.is_full:
             planes = [t.reshape(*t.shape[:2], -1) for t in (behind.value, grad)]
             hidden = Branches(chain.hidden.rule.valley, *planes)
@@ -200,6 +201,7 @@ def _maxima(
     chain: Chain,
     rest: tuple[Step, ...],
     behind: Knowledge,
+    determined: Tensor,
     grad: Tensor,
     tolerance: float,
     options: Options,
@@ -228,8 +230,10 @@ def _maxima(
     if isinstance(consumer.rule, ActivationRule):
         activations.append(consumer.rule.activation)
     floor = max(map(_floor, activations), default=math.inf)
-    value, grad, alive = (t.flatten(2) for t in (known.value, grad, known.weight > 0))
-    return Maxima.create(rule.windows, value, grad, alive, floor, EQUAL * tolerance)
+    fixed = determined | (grad != 0)  # an open value passes no gradient on
+    value, grad, alive, fixed = (t.flatten(2) for t in (known.value, grad, known.weight > 0, fixed))
+    bound = torch.where(fixed, floor, math.inf).to(value)
+    return Maxima.create(rule.windows, value, grad, alive & fixed, bound, EQUAL * tolerance)
 
 
 def _floor(activation: Activation) -> float:

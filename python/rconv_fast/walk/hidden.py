@@ -14,7 +14,7 @@ from torch import Tensor
 from rconv_fast.budget import Budget
 from rconv_fast.layers.affine import AffineRule
 from rconv_fast.layers.conv import ConvRule
-from rconv_fast.patterns.alternation import BELIEFS, Attempt, Believing, alternate, kicked
+from rconv_fast.patterns.alternation import BELIEFS, Attempt, Believing, Guided, alternate, kicked
 from rconv_fast.patterns.averages import Averages, pack, rank_of_products
 from rconv_fast.patterns.beliefs import can_believe
 from rconv_fast.patterns.certificate import Fit, certify, unproven
@@ -22,6 +22,7 @@ from rconv_fast.patterns.least_squares import WeightedSolver
 from rconv_fast.patterns.likely import likely_picture
 from rconv_fast.patterns.problem import Problem
 from rconv_fast.patterns.robust import DESCENT, GENTLE, MERGED, SHARP, SOFT, Schedule
+from rconv_fast.patterns.roughness import Roughness, random_pictures
 from rconv_fast.progress import Event
 from rconv_fast.solve import Evidence
 from rconv_fast.walk.chain import LEAST_TOLERANCE, Chain, merge, read_chain, read_problem
@@ -38,6 +39,8 @@ SEARCH_SECONDS = 60.0
 NEAR = 0.2
 # Gradient rows for each unknown of a channel from which the first robust schedule mostly suffices.
 PLENTY = 4.0
+# Random pictures that show what features are like.
+SAMPLES = 64
 SCHEDULES, MERGED_SCHEDULES = (SHARP, SOFT, DESCENT, GENTLE), (MERGED,)
 
 
@@ -83,10 +86,10 @@ def find_pattern(graph: Graph, passed: Pass, options: Options) -> Outcome:
     options = options if limited else replace(options, budget=options.budget.at_most(SEARCH_SECONDS))
     start = time.perf_counter()
     merged = merge(graph, chain, problem)
-    alone = searched = _search(_Searched(chain, problem, alone=merged is None), options)
+    alone = searched = _search(graph, _Searched(chain, problem, alone=merged is None), options)
     unfinished = searched.goes_on(options.budget) or searched.leaves_open
     if merged is not None and unfinished:
-        by_both = _search(_Searched(*merged), options)
+        by_both = _search(graph, _Searched(*merged), options)
         better = by_both.certified if searched.certified else by_both.misfit <= searched.misfit
         searched = by_both if better and not by_both.reason else searched
     if searched.goes_on(options.budget) and searched.misfit <= NEAR:
@@ -136,7 +139,7 @@ class _Searched:
         return replace(self, nearest=attempt.fit, how=f"{name}, {attempt.steps}")
 
 
-def _search(searched: _Searched, options: Options) -> _Searched:
+def _search(graph: Graph, searched: _Searched, options: Options) -> _Searched:
     """Try the proposals one after the other, until a pattern is certified."""
     chain, problem = searched.chain, searched.problem
     zero = torch.zeros(problem.front.shape).to(problem.front.last.weight)
@@ -149,7 +152,7 @@ def _search(searched: _Searched, options: Options) -> _Searched:
             return replace(searched, reason=f"gradients of rank {rank} leave {averages.positions} patches open")
     if (least := WeightedSolver(problem.front.last).seconds) > options.budget.left:
         return replace(searched, reason=f"one step of a search takes {least:.0f} s: time_limit= allows it")
-    for name, propose in _proposals(searched):
+    for name, propose in _proposals(graph, searched):
         options.progress(Event(chain.conv.label, f"pattern of {chain.hidden.label} ({name})"))
         searched = searched.after(name, propose(options.budget))
         if not searched.goes_on(options.budget):
@@ -190,17 +193,31 @@ def _expected(searched: _Searched, start: float, options: Options) -> Outcome:
 Proposal = Callable[[Budget], Attempt]
 
 
-def _proposals(searched: _Searched) -> Iterator[tuple[str, Proposal]]:
+def _proposals(graph: Graph, searched: _Searched) -> Iterator[tuple[str, Proposal]]:
     """Ways to search by name, those first that are the likely and the cheap ones."""
     problem, chain = searched.problem, searched.chain
     if isinstance(problem.hidden, Averages):
         yield "packing", lambda budget: _packed(problem, chain, budget)
         return
-    schedules: list[Schedule | Believing] = [*_schedules(chain)]
+    schedules: list[Schedule | Believing | Guided] = [*_schedules(chain)]
     if searched.alone and can_believe(problem):
-        schedules.insert(problem.front.last.rows_per_unknown >= PLENTY, BELIEFS)
+        roughness = _of_features(graph, searched)
+        by_belief = (BELIEFS,) if roughness is None else (BELIEFS, Guided(roughness))
+        at = int(problem.front.last.rows_per_unknown >= PLENTY)
+        schedules[at:at] = by_belief
     for schedule in schedules:
         yield schedule.name, functools.partial(alternate, problem, schedule)
+
+
+def _of_features(graph: Graph, searched: _Searched) -> Roughness | None:
+    """How alike neighbours are in a layer's input where the network's is a random picture."""
+    name, like = searched.chain.first.inputs[0], searched.problem.front.last.weight
+    shape, features = graph.steps[graph.input].shape, graph.steps[name].shape
+    if name == graph.input or graph.in_training or len(shape) < 3 or len(features) != len(shape):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    runs = [graph.forward(random_pictures(shape, generator).to(like))[name] for _ in range(SAMPLES)]
+    return Roughness.of_features(features, torch.cat(runs))
 
 
 def _schedules(chain: Chain) -> tuple[Schedule, ...]:
