@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rconv_fast.estimate import entry_noise, joint_answer, snapped, with_arithmetic
-from rconv_fast.estimate.bounds import DENSE_UP_TO
+from rconv_fast.estimate.answer import JOINT_UP_TO
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.heads.candidates import HeadCandidate
 from rconv_fast.losses import Linear
@@ -117,7 +117,7 @@ def _estimated(request: Request, answer: Answer, observation: Observation, repor
     enough = answer.good and not answer.loud and request.grid is None
     covered = not graph.unread and not graph.in_training and request.gradients.steps == 1
     shape = torch.Size((len(head.labels), *request.shape))
-    small = shape.numel() <= DENSE_UP_TO  # asked before a copy of the model in working precision is made
+    small = shape.numel() <= JOINT_UP_TO  # asked before a copy of the model in working precision is made
     if not covered or repeated or request.budget.spent or enough or not small:
         return answer
     report(Event("input", "joint estimate"))

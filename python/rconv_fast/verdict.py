@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rconv_fast.estimate.bounds import DENSE_UP_TO
+from rconv_fast.estimate.answer import JOINT_UP_TO
 from rconv_fast.estimate.joint import Estimate
 from rconv_fast.heads.candidates import HeadCandidate, HeadOutcome
 from rconv_fast.observation import Match
@@ -220,12 +220,12 @@ def _of_answer(
     if outcome.reason and outcome.reason not in notes:
         notes.append(f"{outcome.stops_at}: {outcome.reason}")
     determined = None if inputs is None else _determined(best, notes, prior)
-    closed = determined is not None and bool(determined.all()) and not unproven(passed) and _consistent(reports)
-    closed = closed and passed.open <= {best.graph.input}
+    closed = determined is not None and bool(determined.all())
     if best.estimate is not None:
-        closed = determined is not None and bool(determined.all()) and _sharp(best.estimate)
-    elif best.loud:
-        closed = False
+        closed = closed and _sharp(best.estimate)
+    else:
+        proven = not best.loud and passed.open <= {best.graph.input}
+        closed = closed and proven and not unproven(passed) and _consistent(reports)
     verified = best.good and closed and head.complete and not rivals and not untried
     if rivals:
         others = "; ".join(f"labels {r.head.labels.tolist()}" for r in rivals)
@@ -311,7 +311,7 @@ def _why_not(best: Answer, reports: Sequence[LayerReport]) -> list[str]:
     if best.estimate is not None:
         return [] if _sharp(best.estimate) else ["the error bars are as large as the picture: less noise is needed"]
     if best.loud:
-        needs = f"at most {DENSE_UP_TO} values, samples that differ, a model in evaluation mode"
+        needs = f"at most {JOINT_UP_TO} values, samples that differ, a model in evaluation mode"
         return [f"no error bars could be had, so what this noise hides is not known; they need {needs}"]
     if not _consistent(reports):
         return ["the equations of a layer contradict each other, so the match alone proves nothing"]

@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from rconv_fast.budget import Budget
 from rconv_fast.errors import LinAlgError
+from rconv_fast.estimate.bounds import DENSE_UP_TO
+from rconv_fast.estimate.by_products import estimate_by_products
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.joint import CAPS, Estimate, estimate, first_bits
 from rconv_fast.estimate.noise_model import capped, with_arithmetic
 from rconv_fast.estimate.recursion import noisy_start
 from rconv_fast.observation import Observation
 from rconv_fast.patterns.pattern import Pattern
+
+# Values of the inputs up to which a joint estimate is made (49152: 128 x 128 x 3).
+JOINT_UP_TO = 50_000
 
 
 def joint_answer(
@@ -45,7 +50,7 @@ def joint_answer(
     known : mapping of str to Tensor
         Inputs of the last layers that a reading of the head found, by step name.
     shape : torch.Size
-        (B, \*input_shape), at most `DENSE_UP_TO` values.
+        (B, \*input_shape), at most `JOINT_UP_TO` values.
     inputs : Tensor or None
         What the exact recursion found.
     budget : Budget
@@ -77,8 +82,9 @@ def joint_answer(
     start, pattern = starts[0] if len(starts) == 1 else min(starts, key=lambda s: _misfit(problem, *s))
     if measure:
         observation = with_arithmetic(observation, model, client, start, targets)
+    way = estimate if shape.numel() <= DENSE_UP_TO else estimate_by_products
     try:
-        return estimate(
+        return way(
             model, observation, start, targets, pattern=pattern, free_scale=free_scale, client=client, budget=budget
         )
     except LinAlgError:  # something is wholly open, so that there is no information matrix to work with

@@ -74,8 +74,8 @@ def contradiction(inputs: Bits, deviations: Bits, bits: Bits) -> tuple[float, in
     return penalty, count
 
 
-def find_doubt(inputs: Bits, deviations: Bits, bits: Bits, inflate: float) -> Doubt:
-    """The bits whose sign the deviations (times `inflate`) leave in doubt, and those that contradict it."""
+def find_doubt(inputs: Bits, deviations: Bits, bits: Bits, inflate: float, most: int = MOST) -> Doubt:
+    """The bits whose sign the deviations (times `inflate`) leave in doubt, and those that contradict it; `most`."""
     if not bits:
         return Doubt(torch.zeros(0, dtype=torch.long), torch.zeros(0))
     score = _flat(inputs) / (_flat(deviations) * inflate)
@@ -84,7 +84,7 @@ def find_doubt(inputs: Bits, deviations: Bits, bits: Bits, inflate: float) -> Do
     doubtful = ((probability > SETTLED) & (probability < 1 - SETTLED)) | wrong
     places = doubtful.nonzero().flatten()
     order = torch.argsort(torch.where(wrong, -score.abs(), score.abs())[places])
-    places = places[order[:MOST]]
+    places = places[order[:most]]
     return Doubt(places, probability[places])
 
 

@@ -21,7 +21,8 @@ ITERATIONS, TOLERANCE = 60, 1e-3
 # A step changes the scale by a factor of e at most: its logarithm is a linear unknown only near where it stands, and
 # where the noise hides the scale the linear step has no bound at all.
 LARGEST_LOG_SCALE = 1.0
-# A step that would lower chi^2 by this share of the unknowns moves the answer by far less than its error bars.
+# A step that would lower chi^2 by this share of the unknowns moves the answer by far less than its error bars, which
+# are as many times larger as the misfit is while bits are wrong.
 CONVERGED = 1e-3
 
 
@@ -75,7 +76,7 @@ def gauss_newton(
     """
     n, iterations, steps, decrement = x.numel(), 0, 0, float("inf")
     at = problem.at(x)
-    chi2 = dot(at.residual, at.residual)
+    chi2, entries = dot(at.residual, at.residual), sum(part.numel() for part in at.residual)
     while steps < most and not budget.spent:
         gradient = -at.adjoint(at.residual)
         d, count = solve_normal(at, gradient, precondition)
@@ -100,7 +101,7 @@ def gauss_newton(
             break
         steps += 1
         x, at, problem, chi2 = x + share * d, new, moved, size
-        if decrement < CONVERGED * n:
+        if decrement < CONVERGED * n * max(1.0, chi2 / entries):
             break
     return Fit(x, problem.scale, chi2, decrement, steps, iterations)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from rconv_fast.budget import Budget
 from rconv_fast.estimate import bits as bit
 from rconv_fast.estimate.bounds import without_scale
 from rconv_fast.estimate.fisher import dense_fisher
-from rconv_fast.estimate.gauss_newton import Fit, gauss_newton
+from rconv_fast.estimate.gauss_newton import Apply, Fit, gauss_newton
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.information import Information
 from rconv_fast.estimate.noise_model import capped, entry_noise
@@ -152,7 +152,8 @@ def estimate(
         at_bits = held.values(x) if bits else {}
     variance = found.information.variance
     if client is not None:
-        variance = variance + _arithmetic_variance(held, client, found, observation)
+        at_scale = replace(observation, scale=found.scale)
+        variance = variance + arithmetic_variance(held, client, x, found.information.solve, at_scale)
     entries, fixed = _entries(held, x), int((~found.information.is_open).sum())
     return Estimate(
         inputs=x,
@@ -183,11 +184,12 @@ def _ways(problem: GradientMap, x: Tensor) -> list[tuple[float, ...]]:
     touched = sum(int((s < capped(s, CAPS[0])).sum()) for s in problem.sigma.values())
     if not touched:
         return [CAPS[-1:]]
-    few = touched <= TOUCHED * _entry_count(problem)
-    return [CAPS[-1:], CAPS] if few or _under(problem, CAPS[0]).chi2(x) < _entry_count(problem) else [CAPS]
+    few = touched <= TOUCHED * entry_count(problem)
+    return [CAPS[-1:], CAPS] if few or under(problem, CAPS[0]).chi2(x) < entry_count(problem) else [CAPS]
 
 
-def _under(problem: GradientMap, cap: float) -> GradientMap:
+def under(problem: GradientMap, cap: float) -> GradientMap:
+    """The same with no entry less noisy than `cap` times the root mean square over its tensor."""
     return replace(problem, sigma={name: capped(s, cap) for name, s in problem.sigma.items()})
 
 
@@ -202,7 +204,7 @@ def _capped_in_turn(
 ) -> tuple[_Candidate, int]:
     """The best pattern under each cap, from the one before; and the iterations so far, `before` of them earlier."""
     for cap in caps:
-        found = _finish(_under(whole, cap), x, bits, budget, free_scale, final=cap == caps[-1])
+        found = _finish(under(whole, cap), x, bits, budget, free_scale, final=cap == caps[-1])
         x, bits, whole, before = found.x, found.bits, whole.with_scale(found.scale), before + found.iterations
         if _is_hopeless(whole, found):
             break
@@ -272,35 +274,68 @@ def _finish(
 def _settled(
     problem: GradientMap, x: Tensor, bits: Bits, information: Information, inflation: float, free_scale: bool
 ) -> tuple[Tensor, Bits]:
-    """The doubtful bits settled, of ever larger sets until one fits the best; as they are where none does better."""
+    """The doubtful bits settled, by the information matrix."""
     held = problem.with_pieces(_hold(problem, bits))
     errors = information.draw(bit.DRAWS, torch.Generator().manual_seed(0))
+
+    def settle(doubt: bit.Doubt) -> tuple[Tensor, Bits]:
+        return bit.settle(held, x, bits, doubt, information, free_scale=free_scale)
+
+    return settled_by(settle, problem, x, bits, errors, inflation)
+
+
+def settled_by(
+    settle: Callable[[bit.Doubt], tuple[Tensor, Bits]],
+    problem: GradientMap,
+    x: Tensor,
+    bits: Bits,
+    errors: Tensor,
+    inflation: float = 1.0,
+    most: int = bit.MOST,
+) -> tuple[Tensor, Bits]:
+    """The doubtful bits settled, of ever larger sets until one fits the best; as they are where none does better.
+
+    Parameters
+    ----------
+    settle : callable
+        An input and bits, from the bits in doubt.
+    problem, x, bits
+        Where they are in doubt.
+    errors : Tensor
+        Drawn errors of x, (count, *shape).
+    inflation : float
+        How much larger they may be.
+    most : int
+        Bits in doubt at once.
+    """
+    held = problem.with_pieces(_hold(problem, bits))
     inputs, deviations = held.kink_inputs(x), bit.input_deviations(held, x, errors)
     best, least, size = (x, bits), held.chi2(x), 0
     for factor in INFLATIONS:
-        doubt = bit.find_doubt(inputs, deviations, bits, factor * inflation)
+        doubt = bit.find_doubt(inputs, deviations, bits, factor * inflation, most)
         if len(doubt) == size:
             continue
         size = len(doubt)
-        moved, settled = bit.settle(held, x, bits, doubt, information, free_scale=free_scale)
+        moved, settled = settle(doubt)
         chi2 = problem.with_pieces(_hold(problem, settled)).chi2(moved)
         best, least = ((moved, settled), chi2) if chi2 < least else (best, least)
-        if least < _entry_count(problem):
+        if least < entry_count(problem):
             break
     return best
 
 
-def _entry_count(problem: GradientMap) -> int:
+def entry_count(problem: GradientMap) -> int:
+    """Entries of all gradients."""
     return sum(g.numel() for g in problem.seen.values())
 
 
 def _is_enough(problem: GradientMap, found: _Candidate) -> bool:
     """Whether the misfit is no larger than the noise makes it."""
-    return found.score < _entry_count(problem)
+    return found.score < entry_count(problem)
 
 
 def _is_hopeless(problem: GradientMap, found: _Candidate) -> bool:
-    return found.chi2 > HOPELESS * _entry_count(problem)
+    return found.chi2 > HOPELESS * entry_count(problem)
 
 
 def _fit(
@@ -318,10 +353,10 @@ def _fit(
     errors = information.draw(bit.DRAWS, torch.Generator().manual_seed(0))
     inputs, deviations = held.kink_inputs(fit.x), bit.input_deviations(held, fit.x, errors)
     penalty, wrong = bit.contradiction(inputs, deviations, bits)
-    inflation = _inflation(held, fit, x.numel())
-    doubt = bit.find_doubt(inputs, deviations, bits, inflation)
+    inflated = inflation(held, fit, x.numel())
+    doubt = bit.find_doubt(inputs, deviations, bits, inflated)
     return _Candidate(
-        fit.x, fit.scale, bits, fit.chi2, penalty, wrong, before + fit.iterations, information, doubt, inflation
+        fit.x, fit.scale, bits, fit.chi2, penalty, wrong, before + fit.iterations, information, doubt, inflated
     )
 
 
@@ -329,9 +364,9 @@ def _hold(problem: GradientMap, bits: Bits) -> dict[str, Piece]:
     return {} if problem.graph is None else hold(problem.graph, bits)
 
 
-def _inflation(problem: GradientMap, fit: Fit, unknowns: int) -> float:
+def inflation(problem: GradientMap, fit: Fit, unknowns: int) -> float:
     """How much larger than the noise makes them errors are while the fit is not yet good."""
-    misfit = max(1.0, fit.chi2 / _entry_count(problem)) * max(1.0, fit.decrement / unknowns)
+    misfit = max(1.0, fit.chi2 / entry_count(problem)) * max(1.0, fit.decrement / unknowns)
     return max(1.0, math.sqrt(misfit) / 2)
 
 
@@ -351,8 +386,8 @@ def first_bits(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> Bits
     return {name: (given[name] > 0).to(d) if name in given else d for name, d in bits.items()}
 
 
-def _arithmetic_variance(
-    problem: GradientMap, client: nn.Module, found: _Candidate, observation: Observation
+def arithmetic_variance(
+    problem: GradientMap, client: nn.Module, x: Tensor, solve: Apply, observation: Observation
 ) -> Tensor:
     """Variance that the client's arithmetic adds to each value: ``F^-1 J^T e`` for errors e of runs beside the answer.
 
@@ -361,16 +396,15 @@ def _arithmetic_variance(
     """
     there = next(p for p in client.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
-    at = problem.at(found.x)
-    total = torch.zeros_like(found.x)
-    observation = replace(observation, scale=found.scale)
+    at = problem.at(x)
+    total = torch.zeros_like(x)
     for _ in range(ARITHMETIC_RUNS):
-        beside = found.x * (1 + 1e-6 * torch.randn(found.x.shape, generator=generator, dtype=torch.float64).to(total))
+        beside = x * (1 + 1e-6 * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(total))
         rounded = beside.to(there.dtype)
-        fine = observation.gradients_at(problem.model, rounded.to(found.x), problem.targets)
+        fine = observation.gradients_at(problem.model, rounded.to(x), problem.targets)
         coarse = observation.gradients_at(client, rounded, problem.targets)
         errors = [coarse[name].to(total) - fine[name] for name in problem.parameters]
-        total += found.information.solve(at.adjoint(problem.whiten(errors))).square() / ARITHMETIC_RUNS
+        total += solve(at.adjoint(problem.whiten(errors))).square() / ARITHMETIC_RUNS
     return (total + total.mean()) / 2
 
 

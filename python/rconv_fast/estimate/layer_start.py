@@ -20,9 +20,10 @@ from rconv_fast.constraints.sparse import csr_array
 from rconv_fast.errors import LinAlgError
 from rconv_fast.estimate.fisher import dense_rows, input_normals, sparse_rows
 from rconv_fast.estimate.gram import own_product
-from rconv_fast.geometry import ConvGeometry
+from rconv_fast.geometry import ConvGeometry, Phase
 from rconv_fast.layers.conv import ConvRule
 from rconv_fast.solve.conjugate import conjugate_gradients
+from rconv_fast.solve.phases.gram import group_filters, phase_places, phase_rows, tap_windows
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -33,14 +34,14 @@ WOODBURY_UP_TO, ROWS_UP_TO = 4096, 2**26
 # Share of the mean diagonal of ``B^T W B`` that keeps its blocks invertible; conjugate gradients take it off again.
 # That much, and ten times more up to the mean diagonal itself, until they are.
 SHIFT, SHIFTS = 1e-11, 12
-ITERATIONS, TOLERANCE = 200, 1e-6
+ITERATIONS, TOLERANCE = 1000, 1e-8
 # Errors drawn for the error bars where the system is not solved directly, each found to that accuracy.
 DRAWS, ROUGH = 4, 1e-2
 # A filter whose rows miss by this many times their variance has something wrong in its output gradient. Rounds of
 # weighing anew, at most, and the change of that misfit's logarithm at which they end.
 OUTLIER, REWEIGHTED, SETTLED = 4.0, 8, 0.3
 # Weight rows may outweigh gradient rows by this much where nothing better than the diagonal preconditions them.
-MOST_WEIGHT = 1e4
+MOST_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def solve_robustly(rows: WeightedRows) -> tuple[Tensor, Tensor]:
     solver = _Solver.create(rows)
     x, last = solver.solution(), torch.ones(())
     for _ in range(REWEIGHTED):
-        misfit = _misfit(rows, x).clamp_min(1.0)
+        misfit = _misfit(rows, x)
+        misfit = (misfit / misfit.median().clamp_min(1.0)).clamp_min(1.0)
         if float(misfit.max()) < OUTLIER or float((misfit / last).log().abs().max()) < SETTLED:
             break
         last = misfit
@@ -145,15 +147,14 @@ class _Solver:
     @classmethod
     def create(cls, rows: WeightedRows) -> _Solver:
         """Factor what is to be factored."""
-        blocks = rows.blocks()
         if rows.shape.numel() <= DIRECT_UP_TO:
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(_matrix(rows, blocks)))
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(_matrix(rows, rows.blocks())))
             return cls(rows, inverse, lambda v: (inverse @ v.flatten()).reshape(v.shape))
         live = (rows.v > 0).flatten(1)
         known = int(live.sum())
         if known <= WOODBURY_UP_TO and known * rows.shape.numel() <= ROWS_UP_TO:
-            return cls(rows, None, _woodbury(rows, blocks, live))
-        rows, precondition = _by_diagonal(rows, blocks)
+            return cls(rows, None, _woodbury(rows, rows.blocks(), live))
+        rows, precondition = _by_diagonal(rows)
         return cls(rows, None, precondition)
 
     def solution(self) -> Tensor:
@@ -234,22 +235,59 @@ def _woodbury(rows: WeightedRows, blocks: Tensor, live: Tensor) -> Apply:
     return apply
 
 
-def _by_diagonal(rows: WeightedRows, blocks: Tensor) -> tuple[WeightedRows, Apply]:
-    """The rows with no weight beyond what conjugate gradients bear, and the inverse channel by channel."""
+def _by_diagonal(rows: WeightedRows) -> tuple[WeightedRows, Apply]:
+    """The rows with no weight beyond what conjugate gradients bear, and the inverse of ``B^T W B + diag(A^T V A)``.
+
+    A row of B touches one channel and one stride phase, so that these decouple.
+    """
+    geometry, squares = rows.geometry, rows.rule.weight.square()
+    curvature = apply_weight_adjoint(geometry, rows.g.square(), rows.w)
     if bool((rows.v > 0).any()):
-        unit = apply_weight_adjoint(rows.geometry, (rows.v > 0).to(rows.v), rows.rule.weight.square()).mean()
-        mean = float(blocks.diagonal(dim1=1, dim2=2).mean())
-        rows = replace(rows, v=rows.v.clamp_max(MOST_WEIGHT * mean / max(float(unit), 1e-300)))
-    diagonal = apply_weight_adjoint(rows.geometry, rows.v, rows.rule.weight.square()) + rows.prior
-    shifted = blocks + torch.diag_embed(diagonal.transpose(0, 1).flatten(1))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        unit = float(apply_weight_adjoint(geometry, (rows.v > 0).to(rows.v), squares).mean())
+        rows = replace(rows, v=rows.v.clamp_max(MOST_WEIGHT * float(curvature.mean()) / max(unit, 1e-300)))
+    diagonal = apply_weight_adjoint(geometry, rows.v, squares) + rows.prior
+    diagonal = diagonal.clamp_min(SHIFT * float(curvature.mean())).transpose(0, 1).flatten(2)
+    parts = [(place, _phase_inverse(rows, phase, diagonal[..., place])) for phase, place in _phases(geometry, rows.g)]
 
     def apply(x: Tensor) -> Tensor:
-        by_channel = x.transpose(0, 1)
-        solved: Tensor = inverse @ by_channel.flatten(1)[:, :, None]
-        return solved.reshape(by_channel.shape).transpose(0, 1)
+        by_channel = x.transpose(0, 1).flatten(2)
+        solved = torch.empty_like(by_channel)
+        for place, inverse in parts:
+            solved[..., place] = inverse(by_channel[..., place])
+        return solved.transpose(0, 1).reshape(x.shape)
 
     return rows, apply
+
+
+def _phases(geometry: ConvGeometry, like: Tensor) -> list[tuple[Phase, Tensor]]:
+    """Each stride phase and its flat input positions."""
+    return [(phase, phase_places(geometry, (phase,), like.device)[0]) for phase in geometry.phases]
+
+
+def _phase_inverse(rows: WeightedRows, phase: Phase, diagonal: Tensor) -> Apply:
+    """``v -> (R^T R + D)^-1 v`` channel by channel for one stride phase, D and v (C, B, positions).
+
+    With fewer rows than values by ``D^-1 - Q^T Q``, ``Q = L^-1 R D^-1``, ``1 + R D^-1 R^T = L L^T`` (Woodbury).
+    """
+    geometry, taps = rows.geometry, [window.tap for window in tap_windows(rows.geometry, phase)]
+    d = diagonal.flatten(1)
+    if not taps:
+        return lambda v: v / diagonal
+    filters = geometry.out_channels // geometry.groups
+    by_group = [phase_rows(geometry, phase, group_filters(geometry, rows.g, group)) for group in range(geometry.groups)]
+    weight = rows.w.sqrt().flatten(2)[..., taps].unflatten(0, (geometry.groups, filters))  # (groups, F/g, C/g, taps)
+    weight = weight.transpose(1, 2).reshape(geometry.in_channels, -1, 1)
+    shared = torch.stack(by_group).repeat_interleave(geometry.in_channels // geometry.groups, 0)
+    r = shared * weight  # (C, rows, values)
+    if r.shape[1] < r.shape[2]:
+        inner = (r / d[:, None]) @ r.mT
+        inner.diagonal(dim1=1, dim2=2).add_(1.0)
+        q = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), r / d[:, None], upper=False)
+        return lambda v: v / diagonal - (q.mT @ (q @ v.flatten(1)[:, :, None])).reshape(v.shape)
+    normal = r.mT @ r
+    normal.diagonal(dim1=1, dim2=2).add_(d)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(normal))
+    return lambda v: (inverse @ v.flatten(1)[:, :, None]).reshape(v.shape)
 
 
 def _shifted_cholesky(blocks: Tensor, prior: float) -> Tensor:
