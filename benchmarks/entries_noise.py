@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import nn
 
 from bench import Outcome, Rate, Target
 from leaks import Answer, Leak, judge, leak, ours, worst_psnr
@@ -18,6 +19,7 @@ NETWORKS = (("lenet_o", "leaky_relu"), ("cnn3", "relu"))
 N_PHOTOS = 4
 LEARNING_RATES = (0.1, 0.01)
 LEVELS, N_PICTURES = 255, 20
+LARGE = 64  # pixels: 12288 values, of which no information matrix is formed
 
 
 def noisy(network: str, activation: str, sigma: float, index: int, target: Target) -> Leak:
@@ -41,14 +43,40 @@ def on_levels(index: int) -> torch.Tensor:
     return ((crops(N_PICTURES)[index : index + 1] * LEVELS).round() / LEVELS).float()
 
 
+def updated(given: Leak, lr: float) -> Leak:
+    """The same from the weights before and after one step of SGD, in the model's dtype."""
+    before = {name: p.detach() for name, p in given.model.named_parameters()}
+    after = {name: p - lr * given.gradients[name].to(p) for name, p in before.items()}
+    given.gradients = gradients_from_update(before, after, lr=lr)
+    return given
+
+
 def stepped(lr: float, index: int, target: Target) -> Leak:
     """Weights in float32 before and after one step of SGD on an 8-bit picture."""
     model = models.MODELS["cnn3"]("relu", seed=index).float()
-    given = leak(model, on_levels(index), torch.tensor([index]), target, arithmetic=torch.float32)
-    before = {name: p.detach() for name, p in model.named_parameters()}
-    after = {name: p - lr * given.gradients[name].float() for name, p in before.items()}
-    given.gradients = gradients_from_update(before, after, lr=lr)
-    return given
+    return updated(leak(model, on_levels(index), torch.tensor([index]), target, arithmetic=torch.float32), lr)
+
+
+def wide(index: int) -> nn.Sequential:
+    """Three ReLU convolutions for pictures of 64 x 64."""
+    torch.manual_seed(index)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 5, 2, 2), nn.ReLU(),
+        nn.Conv2d(32, 64, 5, 2, 2), nn.ReLU(),
+        nn.Conv2d(64, 128, 3, 2, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(128 * 64, 10),
+    )  # fmt: skip
+
+
+def large(change: str, index: int, target: Target) -> Leak:
+    """A photo of 64 x 64: weights after a step in float32, or gradients sent in float16."""
+    model = wide(index)
+    x = crops(N_PHOTOS, LARGE)[index : index + 1].float()
+    given = leak(model, x, torch.tensor([index]), target, arithmetic=torch.float32)
+    if change == "float16":
+        given.gradients = {name: g.half() for name, g in given.gradients.items()}
+        return given
+    return updated(given, float(change.removeprefix("update-lr-")))
 
 
 def halved(index: int, target: Target) -> Leak:
@@ -93,6 +121,9 @@ def entries(target: Target) -> list[Rate]:
     if target.dtype != torch.float64:
         return []
     found = eight_bit(target)
+    for change in (*(f"update-lr-{lr:g}" for lr in LEARNING_RATES), "float16"):
+        cases = {f"photo {i}": partial(large, change, i, target) for i in range(N_PHOTOS)}
+        found.append(Rate(f"noise/64x64/{change}/{target.name}", cases, ours, judge, long=True))
     for network, activation in NETWORKS:
         where = f"{network}-{activation}"
         for sigma in SIGMAS:

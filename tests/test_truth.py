@@ -284,7 +284,7 @@ def test_a_model_that_asks_what_it_got_gives_label_and_tokens() -> None:
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_loud_noise_is_verified_with_error_bars_only(batch_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no joint estimate can be had, a fit to loud noise says nothing of what the noise hides."""
-    monkeypatch.setattr(sys.modules["rconv_fast.one_reading"], "DENSE_UP_TO", 0)
+    monkeypatch.setattr(sys.modules["rconv_fast.one_reading"], "JOINT_UP_TO", 0)
     model = network()
     shared = gradients_of(model, photo(SIZE))
     result = invert(model, shared, (3, SIZE, SIZE), noise=0.1, batch_size=batch_size)

@@ -19,14 +19,13 @@ from rconv_fast.estimate.gradient_map import GradientMap, Parts
 from rconv_fast.estimate.joint import (
     CAPS,
     Estimate,
-    arithmetic_variance,
     entry_count,
     first_bits,
     inflation,
     settled_by,
     under,
 )
-from rconv_fast.estimate.noise_model import entry_noise
+from rconv_fast.estimate.noise_model import arithmetic_variance, entry_noise
 from rconv_fast.estimate.pieces import Bits, same
 from rconv_fast.estimate.relaxed import settle
 from rconv_fast.estimate.sampled import SampledInformation, rounded

@@ -13,10 +13,10 @@ from rconv_fast.budget import Budget
 from rconv_fast.estimate import bits as bit
 from rconv_fast.estimate.bounds import without_scale
 from rconv_fast.estimate.fisher import dense_fisher
-from rconv_fast.estimate.gauss_newton import Apply, Fit, gauss_newton
+from rconv_fast.estimate.gauss_newton import Fit, gauss_newton
 from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.estimate.information import Information
-from rconv_fast.estimate.noise_model import capped, entry_noise
+from rconv_fast.estimate.noise_model import arithmetic_variance, capped, entry_noise
 from rconv_fast.estimate.pieces import Bits, Piece, hold, same, signs, turned_over
 from rconv_fast.observation import Observation
 from rconv_fast.patterns.pattern import Pattern
@@ -36,8 +36,6 @@ CAPS: tuple[float, ...] = (0.1, 0.0)
 TOUCHED = 0.2
 # How far errors may be above what the noise makes them while bits are wrong: as many bits are taken as doubtful.
 INFLATIONS = (1.0, 4.0, 16.0, 64.0)
-# Runs of the client's arithmetic from which its share of the error bars is taken.
-ARITHMETIC_RUNS = 4
 
 
 @dataclass(frozen=True)
@@ -384,28 +382,6 @@ def first_bits(problem: GradientMap, x: Tensor, pattern: Pattern | None) -> Bits
         bits = signs(problem.graph, problem.values(x))
     given = {} if pattern is None else pattern.pieces
     return {name: (given[name] > 0).to(d) if name in given else d for name, d in bits.items()}
-
-
-def arithmetic_variance(
-    problem: GradientMap, client: nn.Module, x: Tensor, solve: Apply, observation: Observation
-) -> Tensor:
-    """Variance that the client's arithmetic adds to each value: ``F^-1 J^T e`` for errors e of runs beside the answer.
-
-    Its rounding is shared by many entries of a gradient, which no standard deviation an entry shows. Half of the
-    variance is the value's own, half the mean, as the runs are few.
-    """
-    there = next(p for p in client.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(0)
-    at = problem.at(x)
-    total = torch.zeros_like(x)
-    for _ in range(ARITHMETIC_RUNS):
-        beside = x * (1 + 1e-6 * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(total))
-        rounded = beside.to(there.dtype)
-        fine = observation.gradients_at(problem.model, rounded.to(x), problem.targets)
-        coarse = observation.gradients_at(client, rounded, problem.targets)
-        errors = [coarse[name].to(total) - fine[name] for name in problem.parameters]
-        total += solve(at.adjoint(problem.whiten(errors))).square() / ARITHMETIC_RUNS
-    return (total + total.mean()) / 2
 
 
 def _size(problem: GradientMap) -> float:

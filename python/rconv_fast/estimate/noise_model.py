@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rconv_fast.containers import read_tensor
 from rconv_fast.errors import require, require_number, require_type
+from rconv_fast.estimate.gradient_map import GradientMap
 from rconv_fast.observation import Noise, Observation, SharedGradients
 from rconv_fast.on_demand import TOGETHER, OnDemand, root_mean_square
 from rconv_fast.rounding import rounded_to
@@ -24,6 +25,8 @@ from rconv_fast.updates import UNIFORM, spacing
 
 # Rounding of back-propagation, in units of the type's own for a value of the tensor's root mean square.
 BACKPROPAGATION = 4.0
+# Runs of the client's arithmetic from which its share of the error bars is taken.
+ARITHMETIC_RUNS = 4
 
 
 def noise_of(
@@ -116,6 +119,28 @@ def with_arithmetic(
     added = arithmetic_noise(observation, model, client, inputs, targets)
     noise = {name: torch.hypot(observation.sigma(name), s) for name, s in added.items()}
     return replace(observation, noise=noise)
+
+
+def arithmetic_variance(
+    problem: GradientMap, client: nn.Module, x: Tensor, solve: Callable[[Tensor], Tensor], observation: Observation
+) -> Tensor:
+    """Variance that the client's arithmetic adds to each value: ``F^-1 J^T e`` for errors e of runs beside the answer.
+
+    Its rounding is shared by many entries of a gradient, which no standard deviation an entry shows. Half of the
+    variance is the value's own, half the mean, as the runs are few.
+    """
+    there = next(p for p in client.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    at = problem.at(x)
+    total = torch.zeros_like(x)
+    for _ in range(ARITHMETIC_RUNS):
+        beside = x * (1 + 1e-6 * torch.randn(x.shape, generator=generator, dtype=torch.float64).to(total))
+        rounded = beside.to(there.dtype)
+        fine = observation.gradients_at(problem.model, rounded.to(x), problem.targets)
+        coarse = observation.gradients_at(client, rounded, problem.targets)
+        errors = [coarse[name].to(total) - fine[name] for name in problem.parameters]
+        total += solve(at.adjoint(problem.whiten(errors))).square() / ARITHMETIC_RUNS
+    return (total + total.mean()) / 2
 
 
 def entry_noise(observation: Observation, name: str) -> Tensor:

@@ -4,12 +4,11 @@
 
 F is never formed. Solves run in float32 with the diagonal of F as preconditioner, and what they leave is found in
 float64 where it matters (iterative refinement). Drawn errors do not show an open direction, which conjugate gradients
-leave alone: random vectors z do, which ``F^-1 F z`` then does not give back.
+leave alone: random vectors z do, which ``F^-1 F z`` then does not give back (`solve.rank`).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,16 +16,14 @@ from torch import Tensor, nn
 
 from rconv_fast.estimate.gradient_map import GradientMap, Linearisation, Parts, dot
 from rconv_fast.solve.conjugate import Symmetric, conjugate_gradients
-from rconv_fast.solve.rank import FALSE_CLAIM
+from rconv_fast.solve.rank import PROBE_TOLERANCE, PROBES
 
 # Vectors from which the diagonal of F is estimated, and the least share of its mean that a value's may be.
 DIAGONAL_DRAWS, LEAST = 16, 1e-3
 # A solve in float32 ends where it has fallen by this, or after so many iterations.
 ROUGH, ITERATIONS = 1e-2, 1000
-# Random vectors, how near each must come back in the 2-norm (`solve.rank`: a null vector is missed once in a million
-# times), and the refinements that may take.
-PROBES, REFINED = 4, 8
-PROBE_TOLERANCE = math.sqrt(math.pi / 2) * FALSE_CLAIM ** (1 / PROBES)
+# Refinements in which a random vector must come back.
+REFINED = 8
 
 
 @dataclass(frozen=True)
