@@ -133,6 +133,8 @@ def _in_float32(bits: Bits) -> Bits:
 
 def _settled(setting: _Setting, x: Tensor, bits: Bits) -> tuple[Tensor, Bits]:
     """The bits that the start leaves in doubt settled, before wrong ones move it."""
+    if not bits:
+        return x, bits
     errors, _ = setting.information(x, bits).draw(BIT_DRAWS, torch.Generator().manual_seed(2))
     most = _most(bits)
     return settled_by(lambda doubt: setting.settle(x, bits, doubt), setting.problem, x, bits, errors, most=most)
@@ -148,6 +150,8 @@ def _fit(setting: _Setting, x: Tensor, bits: Bits) -> _Candidate:
     solve = setting.information(x, bits).solve
     fit = gauss_newton(held, x, solve, budget=setting.budget, most=STEPS, free_scale=free_scale)
     information = setting.with_scale(fit.scale).information(fit.x, bits)
+    if not bits:
+        return _Candidate(fit, bits, 0.0, 0, information, bit.Doubt(torch.zeros(0), torch.zeros(0)))
     errors, _ = information.draw(BIT_DRAWS, torch.Generator().manual_seed(2))
     inputs, spread = held.kink_inputs(fit.x), bit.input_deviations(held, fit.x, errors)
     penalty, wrong = bit.contradiction(inputs, spread, bits)
