@@ -35,7 +35,7 @@ from rconv_fast.solve.solution import Evidence
 from rconv_fast.wrappers import working_copy
 
 # Rounds of Gauss-Newton and settling bits, and steps of Gauss-Newton in each.
-ROUNDS, STEPS = 8, 4
+ROUNDS, STEPS = 30, 4
 # A misfit above this many times the noise's own that a round did not halve: the start is not near any answer.
 HOPELESS = 1e4
 # Errors drawn for the bits, and for the error bars; a value's variance is the mean of its own and of what its
